@@ -1,0 +1,15 @@
+"""Ways for the ranks of one generation to reach each other; :func:`form_backend` makes the right one.
+
+===========  ==============================  =======================================================================
+kind         module                          for
+===========  ==============================  =======================================================================
+``"gloo"``   :mod:`.gloo`                    CPU ranks on any number of hosts, over TCP
+``"shm"``    :mod:`.shm`                     CPU ranks on one host, through shared memory
+``"nccl"``   :mod:`.nccl`                    one NVIDIA GPU per rank
+``"auto"``                                   ``nccl`` on CUDA; on CPU ``shm`` when all ranks share a host, else ``gloo``
+===========  ==============================  =======================================================================
+"""
+
+from tensor_parallel.backends.form import form_backend
+
+__all__ = ["form_backend"]

@@ -1,0 +1,69 @@
+"""Form the group of one generation."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from torch._C._distributed_c10d import Store
+
+from tensor_parallel.backends.gloo import GlooBackend
+from tensor_parallel.errors import ConfigError, PeerLost
+from tensor_parallel.group import Backend
+from tensor_parallel.partition import check_rank
+
+KINDS = ("auto", "gloo", "nccl", "shm")
+
+
+def form_backend(
+    kind: str,
+    *,
+    store: Store,
+    rank: int,
+    world_size: int,
+    device: torch.device | str = "cpu",
+    timeout: timedelta = timedelta(seconds=30),
+    segment_prefix: str = "",
+    host: str = "",
+) -> Backend:
+    """Connect this rank to its peers and prove it with one checked all-reduce. Every rank calls it with the same arguments.
+
+    Args:
+        kind: one of :data:`KINDS`; see :mod:`tensor_parallel.backends`.
+        store: rendezvous for this generation alone (wrap a long-lived one in ``PrefixStore``).
+        device: where the tensors of the collectives live.
+        timeout: bound of forming and of each later collective.
+        segment_prefix: prefix of the name of a shared-memory segment.
+        host: address gloo binds, where the host's own name does not resolve to a usable one.
+
+    Raises:
+        ConfigError: unknown kind, or one that cannot work on this device.
+        CollectiveError: a peer did not come, left, or sums wrongly.
+    """
+    check_rank(rank, world_size)
+    device = torch.device(device)
+    if kind not in KINDS:
+        raise ConfigError(f"unknown backend {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind == "auto":
+        kind = "nccl" if device.type == "cuda" else "gloo"
+    backend: Backend
+    if kind == "gloo":
+        backend = GlooBackend(store, rank, world_size, timeout, host)
+    else:
+        raise ConfigError(f"backend {kind!r} is not available yet")
+    try:
+        _check(backend, device)
+    except BaseException:
+        backend.close()
+        raise
+    return backend
+
+
+def _check(backend: Backend, device: torch.device) -> None:
+    """One all-reduce with a known answer: a half-formed or mixed-up group must fail here, not in a request."""
+    probe = torch.tensor([1.0, float(backend.rank)], device=device)
+    total = backend.all_reduce_sum_(probe).tolist()
+    ranks = backend.world_size
+    if total != [ranks, ranks * (ranks - 1) / 2]:
+        backend.abort("the first all-reduce was wrong")
+        raise PeerLost(f"rank {backend.rank} of {ranks} over {backend.name}: the first all-reduce gave {total}")

@@ -1,0 +1,57 @@
+"""Every error this package raises on purpose.
+
+One hierarchy, so that a server maps it to status codes in one table. Errors about arguments are also ``ValueError``s and errors
+about the state of the group are also ``RuntimeError``s: code that knows nothing of this package still catches them sensibly.
+"""
+
+
+class TensorParallelError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ConfigError(TensorParallelError, ValueError):
+    """An environment value or argument that describes the process's place in the group is missing, malformed or inconsistent."""
+
+
+class ShapeError(TensorParallelError, ValueError):
+    """A tensor's shape or dtype does not fit the layer or collective it was given to; the message names both."""
+
+
+class NotInitialized(TensorParallelError, RuntimeError):
+    """The process has no configuration yet: :func:`init_tensor_parallel` was not called."""
+
+
+class GroupUnbound(TensorParallelError, RuntimeError):
+    """A collective was asked of a group that has no backend: not formed yet, or torn down after a failure."""
+
+
+class CollectiveError(TensorParallelError, RuntimeError):
+    """A collective did not complete. The group it ran on is finished: drop it and form another."""
+
+
+class CollectiveAborted(CollectiveError):
+    """The collective was ended on purpose, by :meth:`Backend.abort` here or on a peer."""
+
+
+class CollectiveTimeout(CollectiveError):
+    """A peer did not take part in the collective within the group's timeout."""
+
+
+class PeerLost(CollectiveError):
+    """A peer died or closed its connection while the group needed it."""
+
+
+class PlanError(TensorParallelError):
+    """No provably correct plan could be made for a model."""
+
+
+class CheckpointError(TensorParallelError, ValueError):
+    """A checkpoint is missing, truncated, mis-shaped or unsafe; the message names the file or tensor."""
+
+
+class InvalidInput(TensorParallelError, ValueError):
+    """An input of a forward is unknown, missing, or of the wrong dtype, shape or range; the message names it."""
+
+
+class DoesNotFit(TensorParallelError, RuntimeError):
+    """A rank's share of a model is larger than the memory it may use."""
