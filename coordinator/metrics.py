@@ -1,18 +1,19 @@
 """The coordinator's Prometheus metrics: seconds and bytes, labelled by model and rank, generation as a gauge.
 
 One ``Metrics`` has a registry of its own, so that several coordinators (and tests) live in one process.  Label values
-are bounded: a request for a model that is not loaded counts under ``unknown``, or any client could add series at will.
+are bounded: a request for a model that nobody loaded counts under ``unknown``, or any client could add series at will.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
+
+from coordinator.observe import Observer
 
 REQUEST_BUCKETS = (*(0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),)
 QUEUE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
@@ -26,20 +27,22 @@ _REASON = re.compile(r"[a-z][a-z0-9_]{0,39}")
 class _ModelSeries:
     """The children of one model's label, looked up once."""
 
-    __slots__ = ("codes", "forward", "queue", "request", "rows")
+    __slots__ = ("codes", "collective", "copy", "forward", "queue", "request", "rows")
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self.request = metrics.request_seconds.labels(model)
         self.queue = metrics.queue_seconds.labels(model)
         self.forward = metrics.forward_seconds.labels(model)
+        self.collective = metrics.collective_seconds.labels(model)
+        self.copy = metrics.copy_seconds.labels(model)
         self.rows = metrics.batch_rows.labels(model)
         self.codes: dict[str, Counter] = {}
 
 
-class Metrics:
-    """Every metric that the coordinator exports, and the few verbs by which the rest of it reports.
+class Metrics(Observer):
+    """Every metric that the coordinator exports, fed through ``Observer``'s calls on the event loop.
 
-    Called from the event loop only; exported from the HTTP thread (prometheus_client's values are locked).
+    The HTTP thread exports them (prometheus_client's values are locked).
     """
 
     def __init__(self, registry: CollectorRegistry | None = None, *, version: str = "") -> None:
@@ -64,7 +67,19 @@ class Metrics:
             "coordinator_queue_seconds", "From a request's arrival to its dispatch.", QUEUE_BUCKETS, "model"
         )
         self.forward_seconds = histogram(
-            "coordinator_forward_seconds", "From dispatch to the ranks' answer.", REQUEST_BUCKETS, "model"
+            "coordinator_forward_seconds", "The model's forward, on the slowest rank.", REQUEST_BUCKETS, "model"
+        )
+        self.collective_seconds = histogram(
+            "coordinator_collective_seconds",
+            "Collectives within a forward, on the slowest rank.",
+            QUEUE_BUCKETS,
+            "model",
+        )
+        self.copy_seconds = histogram(
+            "coordinator_copy_seconds",
+            "Copies in and out around a forward, on the slowest rank.",
+            QUEUE_BUCKETS,
+            "model",
         )
         self.batch_rows = histogram("coordinator_batch_rows", "Rows joined into one forward.", ROW_BUCKETS, "model")
         self.queue_depth = gauge("coordinator_queue_depth", "Requests waiting for dispatch.")
@@ -78,7 +93,7 @@ class Metrics:
             "coordinator_recovery_seconds", "From a generation's end to serving again.", RECOVERY_BUCKETS
         )
         self.load_seconds = histogram(
-            "coordinator_load_seconds", "A model's load on all ranks.", LOAD_BUCKETS, "result"
+            "coordinator_load_seconds", "A model's load on all ranks.", LOAD_BUCKETS, "code"
         )
         self.received_bytes = counter("coordinator_received_bytes_total", "Tensor bytes received from clients.")
         self.sent_bytes = counter("coordinator_sent_bytes_total", "Tensor bytes sent to clients.")
@@ -86,7 +101,6 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def request_finished(self, model: str, code: str, seconds: float) -> None:
-        """``code`` is a grpc.StatusCode's name, ``seconds`` counts from the request's arrival."""
         label, series = self._of(model)
         series.request.observe(seconds)
         counter = series.codes.get(code)
@@ -94,40 +108,46 @@ class Metrics:
             counter = series.codes[code] = self.requests.labels(label, code)
         counter.inc()
 
-    def dispatched(self, model: str, rows: int, queue_seconds: list[float]) -> None:
-        """One forward left for the ranks, joining requests that had waited ``queue_seconds`` each."""
-        _, series = self._of(model)
+    def dequeued(self, model: str, seconds: float) -> None:
+        self._of(model)[1].queue.observe(seconds)
+
+    def executed(self, model: str, rows: int, forward: float, collective: float, copy: float) -> None:
+        series = self._of(model)[1]
         series.rows.observe(rows)
-        for waited in queue_seconds:
-            series.queue.observe(waited)
+        series.forward.observe(forward)
+        series.collective.observe(collective)
+        series.copy.observe(copy)
 
-    def answered(self, model: str, forward_seconds: float) -> None:
-        """The ranks answered a forward, or its generation ended."""
-        self._of(model)[1].forward.observe(forward_seconds)
+    def load(self, queue_depth: int, in_flight: int) -> None:
+        self.queue_depth.set(queue_depth)
+        self.in_flight.set(in_flight)
 
-    def set_model(self, model: str, serving: bool) -> None:
-        """Makes ``model`` known as a label, and says whether it serves."""
-        self._models.add(model)
-        self.model_serving.labels(model).set(serving)
+    def load_finished(self, model: str, code: str, seconds: float) -> None:
+        self.load_seconds.labels(code).observe(seconds)
 
-    def forget_model(self, model: str) -> None:
-        """The model was unloaded on purpose: its gauge goes, its counters stay (rates must not jump)."""
-        if model in self._models:
-            self._models.discard(model)
-            self.model_serving.remove(model)
+    def received(self, size: int) -> None:
+        self.received_bytes.inc(size)
 
-    def set_ranks(self, up: list[bool]) -> None:
-        for rank, alive in enumerate(up):
-            self.rank_up.labels(str(rank)).set(alive)
+    def sent(self, size: int) -> None:
+        self.sent_bytes.inc(size)
 
-    def generation_ended(self, reason: str) -> None:
-        """``reason`` is one of a few stable words (rank_lost, rank_hung, uneven_failure, ...)."""
+    def generation_started(self, generation: int, recovery_seconds: float) -> None:
+        self.generation.set(generation)
+        self.recovery_seconds.observe(recovery_seconds)
+
+    def generation_ended(self, generation: int, reason: str) -> None:
         self.generations.labels(reason if _REASON.fullmatch(reason) else "other").inc()
 
-    def watch(self, queue_depth: Callable[[], float], in_flight: Callable[[], float]) -> None:
-        """Reads these two when asked, so that the hot path does not write them."""
-        self.queue_depth.set_function(queue_depth)
-        self.in_flight.set_function(in_flight)
+    def health_changed(self, serving: bool, models: dict[str, bool], ranks_up: dict[int, bool]) -> None:
+        """An unloaded model's gauge goes; its counters stay, because rates must not jump."""
+        self.serving.set(serving)
+        for model in self._models - models.keys():
+            self.model_serving.remove(model)
+        self._models = set(models)
+        for model, serves in models.items():
+            self.model_serving.labels(model).set(serves)
+        for rank, up in ranks_up.items():
+            self.rank_up.labels(str(rank)).set(up)
 
     def _of(self, model: str) -> tuple[str, _ModelSeries]:
         label = model if model in self._models else UNKNOWN

@@ -27,3 +27,6 @@ class Observer:
         """``reason`` is a short stable word (rank_lost, hung, uneven, collective, superseded, stopped)."""
 
     def health_changed(self, serving: bool, models: dict[str, bool], ranks_up: dict[int, bool]) -> None: ...
+
+    def load_finished(self, model: str, code: str, seconds: float) -> None:
+        """A Load ended, well or not, ``seconds`` after it was asked for."""

@@ -33,8 +33,12 @@ def scrape(metrics):
     server.close()
 
 
+def loaded(metrics, **models):
+    metrics.health_changed(all(models.values()), models, {0: True, 1: True})
+
+
 def test_requests_count_by_model_and_code(metrics, scrape):
-    metrics.set_model("mlp", True)
+    loaded(metrics, mlp=True)
     metrics.request_finished("mlp", "OK", 0.003)
     metrics.request_finished("mlp", "OK", 0.2)
     metrics.request_finished("mlp", "UNAVAILABLE", 0.001)
@@ -53,37 +57,50 @@ def test_clients_cannot_add_series_by_making_up_models(metrics, scrape):
     assert not any("made-up" in str(key) for key in seen)
 
 
-def test_batches_queue_and_forward(metrics, scrape):
-    metrics.set_model("mlp", True)
-    metrics.dispatched("mlp", 6, [0.001, 0.002, 0.003])
-    metrics.answered("mlp", 0.01)
+def test_batches_queue_and_parts_of_a_forward(metrics, scrape):
+    loaded(metrics, mlp=True)
+    for waited in (0.001, 0.002, 0.003):
+        metrics.dequeued("mlp", waited)
+    metrics.executed("mlp", 6, 0.01, 0.002, 0.001)
+    metrics.load(4, 2)
+    metrics.received(1000)
+    metrics.sent(10)
     seen = scrape()
     assert seen["coordinator_batch_rows_sum", ("model", "mlp")] == 6
     assert seen["coordinator_queue_seconds_count", ("model", "mlp")] == 3
-    assert seen["coordinator_forward_seconds_count", ("model", "mlp")] == 1
+    assert seen["coordinator_forward_seconds_sum", ("model", "mlp")] == 0.01
+    assert seen["coordinator_collective_seconds_sum", ("model", "mlp")] == 0.002
+    assert seen["coordinator_copy_seconds_sum", ("model", "mlp")] == 0.001
+    assert (seen[("coordinator_queue_depth",)], seen[("coordinator_in_flight",)]) == (4, 2)
+    assert (seen[("coordinator_received_bytes_total",)], seen[("coordinator_sent_bytes_total",)]) == (1000, 10)
 
 
-def test_gauges_follow_state_and_leave_with_the_model(metrics, scrape):
-    depth = [4]
-    metrics.watch(lambda: depth[0], lambda: 2)
-    metrics.set_model("mlp", False)
-    metrics.set_ranks([True, False])
-    metrics.generation.set(7)
-    metrics.generation_ended("rank_lost")
-    metrics.generation_ended("Rank 1 said: 12 bytes of poetry")
+def test_state_gauges_follow_and_leave_with_the_model(metrics, scrape):
+    metrics.health_changed(False, {"mlp": False, "bert": True}, {0: True, 1: False})
+    metrics.request_finished("mlp", "OK", 0.003)
     seen = scrape()
-    assert seen[("coordinator_queue_depth",)] == 4
-    assert seen[("coordinator_in_flight",)] == 2
     assert seen["coordinator_model_serving", ("model", "mlp")] == 0
+    assert seen["coordinator_model_serving", ("model", "bert")] == 1
+    assert seen[("coordinator_serving",)] == 0
     assert (seen["coordinator_rank_up", ("rank", "0")], seen["coordinator_rank_up", ("rank", "1")]) == (1, 0)
-    assert seen[("coordinator_generation",)] == 7
-    assert seen["coordinator_generations_total", ("reason", "rank_lost")] == 1
-    assert seen["coordinator_generations_total", ("reason", "other")] == 1
-    metrics.forget_model("mlp")
-    depth[0] = 0
+    metrics.health_changed(True, {"bert": True}, {0: True, 1: True})
     seen = scrape()
     assert ("coordinator_model_serving", ("model", "mlp")) not in seen
-    assert seen[("coordinator_queue_depth",)] == 0
+    assert seen["coordinator_requests_total", ("code", "OK"), ("model", "mlp")] == 1
+    assert seen[("coordinator_serving",)] == 1
+
+
+def test_generations_and_loads(metrics, scrape):
+    metrics.generation_ended(6, "rank_lost")
+    metrics.generation_ended(7, "Rank 1 said: 12 bytes of poetry")
+    metrics.generation_started(8, 0.7)
+    metrics.load_finished("mlp", "INVALID_ARGUMENT", 0.3)
+    seen = scrape()
+    assert seen[("coordinator_generation",)] == 8
+    assert seen["coordinator_generations_total", ("reason", "rank_lost")] == 1
+    assert seen["coordinator_generations_total", ("reason", "other")] == 1
+    assert seen["coordinator_recovery_seconds_bucket", ("le", "1.0")] == 1
+    assert seen["coordinator_load_seconds_count", ("code", "INVALID_ARGUMENT")] == 1
 
 
 def test_names_follow_prometheus_conventions(metrics):
