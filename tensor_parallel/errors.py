@@ -1,7 +1,8 @@
 """Every error this package raises on purpose.
 
-One hierarchy, so that a server maps it to status codes in one table. Errors about arguments are also ``ValueError``s and errors
-about the state of the group are also ``RuntimeError``s: code that knows nothing of this package still catches them sensibly.
+One hierarchy, so that a server maps it to status codes in one table. Errors about arguments are also ``ValueError``s
+and errors about the state of the group are also ``RuntimeError``s: code that knows nothing of this package still
+catches them sensibly.
 """
 
 
@@ -10,7 +11,7 @@ class TensorParallelError(Exception):
 
 
 class ConfigError(TensorParallelError, ValueError):
-    """An environment value or argument that describes the process's place in the group is missing, malformed or inconsistent."""
+    """What says where this process stands in its group, or how it reaches it, is missing, malformed or inconsistent."""
 
 
 class ShapeError(TensorParallelError, ValueError):
@@ -55,3 +56,11 @@ class InvalidInput(TensorParallelError, ValueError):
 
 class DoesNotFit(TensorParallelError, RuntimeError):
     """A rank's share of a model is larger than the memory it may use."""
+
+
+class AccessDenied(TensorParallelError, PermissionError):
+    """A path lies outside the model root, or a factory is not on the list of those allowed."""
+
+
+class LoadCancelled(TensorParallelError):
+    """A load was cancelled by its caller; everything it had read is freed."""
