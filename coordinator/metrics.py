@@ -7,13 +7,12 @@ are bounded: a request for a model that nobody loaded counts under ``unknown``, 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
-
-from coordinator.observe import Observer
 
 REQUEST_BUCKETS = (*(0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),)
 QUEUE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
@@ -39,10 +38,11 @@ class _ModelSeries:
         self.codes: dict[str, Counter] = {}
 
 
-class Metrics(Observer):
-    """Every metric that the coordinator exports, fed through ``Observer``'s calls on the event loop.
+class Metrics:
+    """Every metric that the coordinator exports, and the verbs by which the rest of it reports. Times are seconds.
 
-    The HTTP thread exports them (prometheus_client's values are locked).
+    Called from the event loop; the HTTP thread exports (prometheus_client's values are locked). Gauges and counters
+    without a verb are set directly: ``generation``, ``serving``, ``received_bytes``, ``sent_bytes``.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None, *, version: str = "") -> None:
@@ -92,15 +92,14 @@ class Metrics(Observer):
         self.recovery_seconds = histogram(
             "coordinator_recovery_seconds", "From a generation's end to serving again.", RECOVERY_BUCKETS
         )
-        self.load_seconds = histogram(
-            "coordinator_load_seconds", "A model's load on all ranks.", LOAD_BUCKETS, "code"
-        )
+        self.load_seconds = histogram("coordinator_load_seconds", "A model's load on all ranks.", LOAD_BUCKETS, "code")
         self.received_bytes = counter("coordinator_received_bytes_total", "Tensor bytes received from clients.")
         self.sent_bytes = counter("coordinator_sent_bytes_total", "Tensor bytes sent to clients.")
         gauge("coordinator_build_info", "Always 1.", "version").labels(version or UNKNOWN).set(1)
         ProcessCollector(registry=self.registry)
 
     def request_finished(self, model: str, code: str, seconds: float) -> None:
+        """``code`` is a grpc.StatusCode's name; ``seconds`` count from the request's arrival."""
         label, series = self._of(model)
         series.request.observe(seconds)
         counter = series.codes.get(code)
@@ -108,46 +107,58 @@ class Metrics(Observer):
             counter = series.codes[code] = self.requests.labels(label, code)
         counter.inc()
 
-    def dequeued(self, model: str, seconds: float) -> None:
-        self._of(model)[1].queue.observe(seconds)
-
-    def executed(self, model: str, rows: int, forward: float, collective: float, copy: float) -> None:
+    def dispatched(self, model: str, rows: int, queue_seconds: Sequence[float]) -> None:
+        """One forward left for the ranks, joining requests that had waited ``queue_seconds`` each."""
         series = self._of(model)[1]
         series.rows.observe(rows)
+        for waited in queue_seconds:
+            series.queue.observe(waited)
+
+    def answered(self, model: str, forward: float, collective: float = 0.0, copy: float = 0.0) -> None:
+        """Every rank answered a forward; the times are the slowest rank's."""
+        series = self._of(model)[1]
         series.forward.observe(forward)
         series.collective.observe(collective)
         series.copy.observe(copy)
 
-    def load(self, queue_depth: int, in_flight: int) -> None:
-        self.queue_depth.set(queue_depth)
-        self.in_flight.set(in_flight)
+    def watch(self, queue_depth: Callable[[], float], in_flight: Callable[[], float]) -> None:
+        """Reads these two when asked, so that the hot path does not write them."""
+        self.queue_depth.set_function(queue_depth)
+        self.in_flight.set_function(in_flight)
 
-    def load_finished(self, model: str, code: str, seconds: float) -> None:
-        self.load_seconds.labels(code).observe(seconds)
+    def set_model(self, model: str, serving: bool) -> None:
+        """Makes ``model`` known as a label, and says whether it serves."""
+        self._models.add(model)
+        self.model_serving.labels(model).set(serving)
 
-    def received(self, size: int) -> None:
-        self.received_bytes.inc(size)
+    def forget_model(self, model: str) -> None:
+        """The model was unloaded on purpose: its gauge goes, its counters stay, because rates must not jump."""
+        if model in self._models:
+            self._models.discard(model)
+            self.model_serving.remove(model)
 
-    def sent(self, size: int) -> None:
-        self.sent_bytes.inc(size)
+    def set_models(self, serving: Mapping[str, bool]) -> None:
+        """All models at once: those not named are forgotten."""
+        for model in self._models - serving.keys():
+            self.forget_model(model)
+        for model, serves in serving.items():
+            self.set_model(model, serves)
 
-    def generation_started(self, generation: int, recovery_seconds: float) -> None:
+    def set_ranks(self, up: Sequence[bool]) -> None:
+        for rank, alive in enumerate(up):
+            self.rank_up.labels(str(rank)).set(alive)
+
+    def generation_started(self, generation: int, recovery: float) -> None:
+        """``recovery`` counts from the end of the last generation (or the start of the process)."""
         self.generation.set(generation)
-        self.recovery_seconds.observe(recovery_seconds)
+        self.recovery_seconds.observe(recovery)
 
-    def generation_ended(self, generation: int, reason: str) -> None:
+    def generation_ended(self, reason: str) -> None:
+        """``reason`` is one of a few stable words (rank_lost, hung, uneven, collective, superseded, stopped)."""
         self.generations.labels(reason if _REASON.fullmatch(reason) else "other").inc()
 
-    def health_changed(self, serving: bool, models: dict[str, bool], ranks_up: dict[int, bool]) -> None:
-        """An unloaded model's gauge goes; its counters stay, because rates must not jump."""
-        self.serving.set(serving)
-        for model in self._models - models.keys():
-            self.model_serving.remove(model)
-        self._models = set(models)
-        for model, serves in models.items():
-            self.model_serving.labels(model).set(serves)
-        for rank, up in ranks_up.items():
-            self.rank_up.labels(str(rank)).set(up)
+    def load_finished(self, code: str, seconds: float) -> None:
+        self.load_seconds.labels(code).observe(seconds)
 
     def _of(self, model: str) -> tuple[str, _ModelSeries]:
         label = model if model in self._models else UNKNOWN

@@ -34,7 +34,7 @@ def scrape(metrics):
 
 
 def loaded(metrics, **models):
-    metrics.health_changed(all(models.values()), models, {0: True, 1: True})
+    metrics.set_models(models)
 
 
 def test_requests_count_by_model_and_code(metrics, scrape):
@@ -59,12 +59,11 @@ def test_clients_cannot_add_series_by_making_up_models(metrics, scrape):
 
 def test_batches_queue_and_parts_of_a_forward(metrics, scrape):
     loaded(metrics, mlp=True)
-    for waited in (0.001, 0.002, 0.003):
-        metrics.dequeued("mlp", waited)
-    metrics.executed("mlp", 6, 0.01, 0.002, 0.001)
-    metrics.load(4, 2)
-    metrics.received(1000)
-    metrics.sent(10)
+    metrics.dispatched("mlp", 6, [0.001, 0.002, 0.003])
+    metrics.answered("mlp", 0.01, 0.002, 0.001)
+    metrics.watch(lambda: 4, lambda: 2)
+    metrics.received_bytes.inc(1000)
+    metrics.sent_bytes.inc(10)
     seen = scrape()
     assert seen["coordinator_batch_rows_sum", ("model", "mlp")] == 6
     assert seen["coordinator_queue_seconds_count", ("model", "mlp")] == 3
@@ -76,25 +75,30 @@ def test_batches_queue_and_parts_of_a_forward(metrics, scrape):
 
 
 def test_state_gauges_follow_and_leave_with_the_model(metrics, scrape):
-    metrics.health_changed(False, {"mlp": False, "bert": True}, {0: True, 1: False})
+    metrics.serving.set(False)
+    metrics.set_models({"mlp": False, "bert": True})
+    metrics.set_ranks([True, False])
     metrics.request_finished("mlp", "OK", 0.003)
     seen = scrape()
     assert seen["coordinator_model_serving", ("model", "mlp")] == 0
     assert seen["coordinator_model_serving", ("model", "bert")] == 1
     assert seen[("coordinator_serving",)] == 0
     assert (seen["coordinator_rank_up", ("rank", "0")], seen["coordinator_rank_up", ("rank", "1")]) == (1, 0)
-    metrics.health_changed(True, {"bert": True}, {0: True, 1: True})
+    metrics.serving.set(True)
+    metrics.set_models({"bert": True})
+    metrics.set_ranks([True, True])
     seen = scrape()
     assert ("coordinator_model_serving", ("model", "mlp")) not in seen
     assert seen["coordinator_requests_total", ("code", "OK"), ("model", "mlp")] == 1
     assert seen[("coordinator_serving",)] == 1
+    assert seen["coordinator_rank_up", ("rank", "1")] == 1
 
 
 def test_generations_and_loads(metrics, scrape):
-    metrics.generation_ended(6, "rank_lost")
-    metrics.generation_ended(7, "Rank 1 said: 12 bytes of poetry")
+    metrics.generation_ended("rank_lost")
+    metrics.generation_ended("Rank 1 said: 12 bytes of poetry")
     metrics.generation_started(8, 0.7)
-    metrics.load_finished("mlp", "INVALID_ARGUMENT", 0.3)
+    metrics.load_finished("INVALID_ARGUMENT", 0.3)
     seen = scrape()
     assert seen[("coordinator_generation",)] == 8
     assert seen["coordinator_generations_total", ("reason", "rank_lost")] == 1
