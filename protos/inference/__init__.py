@@ -1,7 +1,8 @@
 """The Open Inference Protocol's messages, in a descriptor pool of their own.
 
 The default pool refuses a second ``inference`` package, so ordinary generated modules could not live beside
-``tritonclient``'s or KServe's in one process.  ``pool`` holds the descriptors, ``message("ModelInferRequest")`` is a class.
+``tritonclient``'s or KServe's in one process.  ``pool`` holds the
+descriptors, ``message("ModelInferRequest")`` is a class.
 """
 
 from __future__ import annotations
