@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any, ClassVar, NoReturn
 
 import grpc
-import structlog
 from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
+
+from coordinator.logging import get_logger
 
 DOMAIN = "tensor-parallel-service"
 RETRY_AFTER = "retry-after-ms"
@@ -107,7 +108,7 @@ def describe(error: BaseException, request_id: str) -> ServiceError:
     """``error`` as it may be shown to a client; a bug is logged here, with its traceback, and nowhere else."""
     if isinstance(error, ServiceError):
         return error
-    structlog.get_logger("coordinator").error("internal_error", request_id=request_id, exc_info=error)
+    get_logger().error("internal_error", request_id=request_id, exc_info=error)
     return Internal(f"internal error; the coordinator's log has the details of request {request_id}")
 
 

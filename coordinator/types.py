@@ -43,7 +43,7 @@ class TensorValue:
 
 @dataclass(slots=True)
 class InferRequest:
-    """One forward. ``deadline`` is in the event loop's clock; ``priority`` 0 is the default, a smaller non-zero first."""
+    """One forward. ``deadline`` is in the event loop's clock; ``priority`` 0 is default, a smaller non-zero first."""
 
     model: str
     inputs: list[TensorValue]
