@@ -1,0 +1,1 @@
+"""Benchmarks: speed is measured here and never decides a test. `python -m tests.benchmarks --help` lists them."""
