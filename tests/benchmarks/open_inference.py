@@ -11,10 +11,10 @@ import tritonclient.grpc as triton
 
 from tests.benchmarks.report import timed
 
+Call = Callable[[], np.ndarray]
 
-def requester(
-    client: triton.InferenceServerClient, model: str, x: np.ndarray, *, name: str = "x"
-) -> Callable[[], np.ndarray]:
+
+def requester(client: triton.InferenceServerClient, model: str, x: np.ndarray, *, name: str = "x") -> Call:
     """A function that sends ``x`` and returns the first output; the request is built anew each time, as users do."""
 
     def call() -> np.ndarray:

@@ -63,7 +63,7 @@ def percentile_ms(taken: Sequence[float], share: float) -> float:
 
 @dataclass
 class Report:
-    """The rows of one benchmark. ``targets`` are the figures that a row is read against: (row, column, bound, at_least)."""
+    """The rows of one benchmark, and the command that made them."""
 
     name: str
     command: str

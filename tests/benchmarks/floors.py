@@ -1,0 +1,69 @@
+"""Floors to read the service's figures against: torch in this process, and a bare gRPC server with the model inside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing as mp
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+
+import numpy as np
+import torch
+
+from tests.benchmarks.models import mlp
+
+LIMITS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+def in_process(width: int, hidden: int, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The unsharded model in this process on ``threads`` threads."""
+    torch.set_num_threads(threads)
+    model = mlp(width, hidden)
+
+    def call(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(x)).numpy()
+
+    return call
+
+
+def _serve(pipe: Connection, width: int, hidden: int, threads: int) -> None:
+    import grpc
+
+    call = in_process(width, hidden, threads)
+
+    async def forward(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return call(np.frombuffer(request, np.float32).reshape(-1, width)).tobytes()
+
+    async def run() -> None:
+        server = grpc.aio.server(options=LIMITS)
+        handler = grpc.unary_unary_rpc_method_handler(forward)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", {"Forward": handler}),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        pipe.send(port)
+        await server.wait_for_termination()
+
+    asyncio.run(run())
+
+
+@contextlib.contextmanager
+def bare_grpc(width: int, hidden: int, threads: int) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+    """A client's function for a one-hop grpc.aio server that holds the unsharded model and sends bare bytes."""
+    import grpc
+
+    ours, theirs = mp.Pipe()
+    server = mp.get_context("spawn").Process(target=_serve, args=(theirs, width, hidden, threads), daemon=True)
+    server.start()
+    try:
+        if not ours.poll(60):
+            raise RuntimeError("the bare server did not come up")
+        with grpc.insecure_channel(f"127.0.0.1:{ours.recv()}", options=LIMITS) as channel:
+            stub = channel.unary_unary("/bare/Forward")
+            yield lambda x: np.frombuffer(stub(x.tobytes(), wait_for_ready=True, timeout=60), np.float32).reshape(
+                x.shape
+            )
+    finally:
+        server.kill()
+        server.join()
