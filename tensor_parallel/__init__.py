@@ -1,4 +1,4 @@
-"""Tensor parallelism for any ``nn.Module``: sharded layers, differentiable collectives, and a planner that shards whole models."""
+"""Tensor parallelism for any ``nn.Module``: sharded layers, differentiable collectives, whole models."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from tensor_parallel.config import (
     get_tensor_parallel_config,
     init_tensor_parallel,
 )
+from tensor_parallel.embedding import VocabParallelEmbedding
 from tensor_parallel.errors import TensorParallelError
 from tensor_parallel.group import Group, default_group
-from tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 if TYPE_CHECKING:
     from tensor_parallel.wrapper import DistributedModelWrapper

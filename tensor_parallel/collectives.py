@@ -1,9 +1,9 @@
 """Differentiable collectives: the only functions through which layers and planned graphs talk to other ranks.
 
-The convention of every backward here: outside a sharded region, all ranks compute the same replicated loss. So the gradient that
-arrives at the output of an all-reduce is already the whole gradient, and its backward is the identity. (Summing it again would
-scale gradients by the world size, although a per-collective ``gradcheck`` would like that better.) Judge whole layers against
-the unsharded layer.
+The convention of every backward here: outside a sharded region, all ranks compute the same replicated loss. So the
+gradient that arrives at the output of an all-reduce is already the whole gradient, and its backward is the identity.
+(Summing it again would scale gradients by the world size, although a per-collective ``gradcheck`` would like that
+better.) Judge whole layers against the unsharded layer.
 
 =========================  ====================================  =======================================================
 function                   forward                               backward
@@ -16,18 +16,19 @@ function                   forward                               backward
 ``broadcast_tensor``       rank ``src_rank``'s tensor            identity on ``src_rank``, zero elsewhere
 =========================  ====================================  =======================================================
 
-``all_reduce_sum`` and ``copy_to_ranks`` are g and f of Shoeybi et al., "Megatron-LM" (2019); the gather and reduce-scatter pair
-is g-bar of Korthikanti et al., "Reducing Activation Recomputation" (2022).
+``all_reduce_sum`` and ``copy_to_ranks`` are g and f of Shoeybi et al., "Megatron-LM" (2019); the gather and
+reduce-scatter pair is g-bar of Korthikanti et al., "Reducing Activation Recomputation" (2022).
 
 ``group=None`` means :func:`~tensor_parallel.group.default_group`. All raise
-:class:`~tensor_parallel.errors.GroupUnbound` without a formed group, :class:`~tensor_parallel.errors.CollectiveError` when a peer
-fails, and :class:`~tensor_parallel.errors.ShapeError` for shapes that cannot be meant. In a group of one rank they do nothing.
+:class:`~tensor_parallel.errors.GroupUnbound` without a formed group, :class:`~tensor_parallel.errors.CollectiveError`
+when a peer fails, and :class:`~tensor_parallel.errors.ShapeError` for shapes that cannot be meant. In a group of one
+rank they do nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -45,14 +46,14 @@ Index = Tensor | tuple[int, int]
 def all_reduce_sum(tensor: Tensor, group: Group | None = None, *, in_place: bool = False) -> Tensor:
     """Sum of every rank's ``tensor``, of the same shape; the backward is the identity.
 
-    ``in_place=True`` lets the result take over the memory of a contiguous ``tensor`` that nothing else needs, when no gradient is
-    recorded; use the returned tensor either way.
+    ``in_place=True`` lets the result take over the memory of a contiguous ``tensor`` that nothing else needs, when no
+    gradient is recorded; use the returned tensor either way.
     """
     group = group or default_group()
     if group.world_size == 1:
         return tensor
     if _recording(tensor):
-        return _AllReduceSum.apply(tensor, group)
+        return _apply(_AllReduceSum, tensor, group)
     return group.all_reduce_sum_(tensor if in_place and tensor.is_contiguous() else _fresh(tensor))
 
 
@@ -61,7 +62,7 @@ def copy_to_ranks(tensor: Tensor, group: Group | None = None) -> Tensor:
     if not _recording(tensor):
         return tensor
     group = group or default_group()
-    return tensor if group.world_size == 1 else _CopyToRanks.apply(tensor, group)
+    return tensor if group.world_size == 1 else _apply(_CopyToRanks, tensor, group)
 
 
 def all_gather_concat(
@@ -76,8 +77,8 @@ def all_gather_concat(
 
     Args:
         sizes: length along ``dim`` on each rank; when None, a tiny collective asks first.
-        grad: ``"slice"`` when what follows is replicated; ``"reduce_scatter"`` when it is sharded (sequence parallelism), so that
-            each rank's gradient is only its own contribution.
+        grad: ``"slice"`` when what follows is replicated; ``"reduce_scatter"`` when it is sharded (sequence
+            parallelism), so that each rank's gradient is only its own contribution.
     """
     group = group or default_group()
     if group.world_size == 1:
@@ -88,15 +89,18 @@ def all_gather_concat(
     sizes = _sizes(sizes, group)
     if tensor.shape[dim] != sizes[group.rank]:
         raise ShapeError(
-            f"rank {group.rank} gathers {tensor.shape[dim]} elements along dim {dim} of {_shape(tensor)}, sizes say {sizes[group.rank]}"
+            f"rank {group.rank} gathers {_shape(tensor)} along dim {dim}, but is said to hold {sizes[group.rank]} there"
         )
     if _recording(tensor):
-        return _AllGather.apply(tensor, dim, group, sizes, grad)
+        return _apply(_AllGather, tensor, dim, group, sizes, grad)
     return group.all_gather(tensor.contiguous(), sizes, dim)
 
 
 def scatter(tensor: Tensor, dim: int, group: Group | None = None, sizes: Sequence[int] | None = None) -> Tensor:
-    """This rank's part of a replicated ``tensor`` along ``dim`` (``split_sizes`` when ``sizes`` is None); backward all-gathers."""
+    """This rank's part of a replicated ``tensor`` along ``dim``; the backward is an all-gather.
+
+    ``sizes`` is each rank's length along ``dim``; as even as possible when None.
+    """
     group = group or default_group()
     if group.world_size == 1:
         return tensor
@@ -105,7 +109,7 @@ def scatter(tensor: Tensor, dim: int, group: Group | None = None, sizes: Sequenc
     if sum(sizes) != tensor.shape[dim]:
         raise ShapeError(f"sizes {sizes} do not add up to dim {dim} of {_shape(tensor)}")
     if _recording(tensor):
-        return _Scatter.apply(tensor, dim, group, sizes)
+        return _apply(_Scatter, tensor, dim, group, sizes)
     return _part(tensor, dim, group, sizes)
 
 
@@ -113,8 +117,9 @@ def take_slice(tensor: Tensor, dim: int, index: Index | Sequence[Index], group: 
     """This rank's part, by index, of a replicated ``tensor`` along ``dim``.
 
     Args:
-        index: this rank's indices, as a 1-D integer tensor or a range ``(start, stop)``; or a list of every rank's. The backward
-            of the former is an all-reduce of the whole, of the latter an all-gather of the parts. Ranks may share indices.
+        index: this rank's indices, as a 1-D integer tensor or a range ``(start, stop)``; or a list of every rank's. The
+            backward of the former is an all-reduce of the whole, of the latter an all-gather of the parts. Ranks may
+            share indices.
     """
     group = group or default_group()
     dim = _dim(tensor, dim)
@@ -123,7 +128,7 @@ def take_slice(tensor: Tensor, dim: int, index: Index | Sequence[Index], group: 
         raise ShapeError(f"take_slice got the indices of {len(everyone)} ranks in a group of {group.world_size}")
     mine: Index = everyone[group.rank] if everyone is not None else index  # type: ignore[assignment]
     if group.world_size > 1 and _recording(tensor):
-        return _TakeSlice.apply(tensor, dim, group, mine, everyone)
+        return _apply(_TakeSlice, tensor, dim, group, mine, everyone)
     return _take(tensor, dim, mine)
 
 
@@ -142,7 +147,7 @@ def reduce_scatter_sum(
     if sum(sizes) != tensor.shape[dim]:
         raise ShapeError(f"sizes {sizes} do not add up to dim {dim} of {_shape(tensor)}")
     if _recording(tensor):
-        return _ReduceScatter.apply(tensor, dim, group, sizes)
+        return _apply(_ReduceScatter, tensor, dim, group, sizes)
     return group.reduce_scatter_sum(tensor.contiguous(), sizes, dim)
 
 
@@ -150,7 +155,7 @@ def broadcast_tensor(tensor: Tensor, src_rank: int = 0, group: Group | None = No
     """Rank ``src_rank``'s ``tensor``; the others give one of the same shape and dtype, whose values do not matter."""
     group = group or default_group()
     if _recording(tensor) and group.world_size > 1:
-        return _Broadcast.apply(tensor, src_rank, group)
+        return _apply(_Broadcast, tensor, src_rank, group)
     return group.broadcast_(_fresh(tensor) if group.world_size > 1 else tensor, src_rank)
 
 
@@ -160,6 +165,10 @@ def synchronize_across_ranks(group: Group | None = None) -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     group.barrier()
+
+
+def _apply(function: type[Function], *args: Any) -> Tensor:
+    return cast(Tensor, function.apply(*args))
 
 
 def _recording(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from tensor_parallel.backends import form_backend
@@ -75,13 +76,13 @@ def read_environment(environment: Mapping[str, str], backend: str) -> TensorPara
 def init_tensor_parallel(backend: str = "nccl", *, timeout: timedelta = timedelta(minutes=5)) -> TensorParallelConfig:
     """Join the group that the environment describes (see :func:`read_environment`), or adopt the one made already.
 
-    A group that the caller made with ``dist.init_process_group`` is used as it is and never destroyed. Otherwise more than one
-    rank makes ``torch.distributed``'s default group, so that everything else in torch works beside this package; a single
-    process makes none. Calling again with the same backend returns the same configuration.
+    A group that the caller made with ``dist.init_process_group`` is used as it is and never destroyed. Otherwise more
+    than one rank makes ``torch.distributed``'s default group, so that everything else in torch works beside this
+    package; a single process makes none. Calling again with the same backend returns the same configuration.
 
     Args:
-        backend: ``"nccl"`` (one GPU per rank), ``"gloo"`` (CPU), ``"shm"`` (CPU ranks of one host, through shared memory) or
-            ``"auto"`` (the best of them for this machine).
+        backend: ``"nccl"`` (one GPU per rank), ``"gloo"`` (CPU), ``"shm"`` (CPU ranks of one host, through shared
+            memory) or ``"auto"`` (the best of them for this machine).
         timeout: bound of joining and of each collective.
 
     Raises:
@@ -91,7 +92,8 @@ def init_tensor_parallel(backend: str = "nccl", *, timeout: timedelta = timedelt
     if _state.config is not None:
         if backend not in (_state.config.backend, "auto"):
             raise ConfigError(
-                f"already initialised with backend {_state.config.backend!r}; call destroy_tensor_parallel() before using {backend!r}"
+                f"already initialised with backend {_state.config.backend!r}; "
+                f"call destroy_tensor_parallel() before using {backend!r}"
             )
         return _state.config
     if os.environ.get("TP_DEBUG") == "1":
@@ -155,7 +157,7 @@ def _connect(config: TensorParallelConfig, timeout: timedelta) -> Backend | None
     if config.backend in ("shm", "auto") and config.device.type == "cpu":
         return form_backend(
             config.backend,
-            store=dist.PrefixStore("tensor_parallel", _get_default_store()),
+            store=PrefixStore("tensor_parallel", _get_default_store()),
             rank=config.rank,
             world_size=config.world_size,
             device=config.device,

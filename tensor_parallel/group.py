@@ -1,7 +1,8 @@
 """The handle that layers, wrapped modules and graphs hold instead of a process group.
 
-Weights outlive process groups: when a peer dies, every survivor's group is finished but its weights are not. So whatever holds
-weights holds a :class:`Group`, and whoever manages failures binds it to the :class:`Backend` of the current generation.
+Weights outlive process groups: when a peer dies, every survivor's group is finished but its weights are not. So
+whatever holds weights holds a :class:`Group`, and whoever manages failures binds it to the :class:`Backend` of the
+current generation.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from tensor_parallel.partition import check_rank
 class Backend(Protocol):
     """One rank's connection to its peers for one generation.
 
-    Every rank calls the same operations in the same order with matching shapes and dtypes. Results are bitwise equal on every
-    rank. Tensors are contiguous. A failure raises a :class:`~tensor_parallel.errors.CollectiveError` and finishes the backend.
+    Every rank calls the same operations in the same order with matching shapes and dtypes. Results are bitwise equal on
+    every rank. Tensors are contiguous. A failure raises a :class:`~tensor_parallel.errors.CollectiveError` and finishes
+    the backend.
     """
 
     name: str
@@ -63,7 +65,7 @@ class Backend(Protocol):
 
 @dataclass
 class CollectiveStats:
-    """What a group has executed: number of each collective, payload bytes given to them, and seconds spent inside them."""
+    """What a group has executed: how many of each collective, their payload bytes, and the seconds inside them."""
 
     all_reduces: int = 0
     all_gathers: int = 0
@@ -85,8 +87,8 @@ class CollectiveStats:
 class Group:
     """This rank's place among its peers: a rank, a world size, and the backend of the moment.
 
-    A group of one rank needs no backend and communicates nothing. Copies of a module share its group; pickling keeps the place
-    and drops the backend.
+    A group of one rank needs no backend and communicates nothing. Copies of a module share its group; pickling keeps
+    the place and drops the backend.
 
     Args:
         rank: this rank, in ``[0, world_size)``.
@@ -104,7 +106,7 @@ class Group:
             self.bind(backend)
 
     def bind(self, backend: Backend) -> None:
-        """Use ``backend`` from the next collective on. Raises :class:`ConfigError` when it is another rank's or another size's."""
+        """Use ``backend`` from now on. Raises :class:`ConfigError` when it belongs to another rank or world size."""
         if (backend.rank, backend.world_size) != (self.rank, self.world_size):
             raise ConfigError(
                 f"cannot bind a {backend.name} backend of rank {backend.rank} of {backend.world_size} "
@@ -113,7 +115,7 @@ class Group:
         self._backend = backend
 
     def unbind(self) -> None:
-        """Forget the backend (without closing it): collectives raise :class:`GroupUnbound` until the next :meth:`bind`."""
+        """Forget the backend, without closing it: collectives raise :class:`GroupUnbound` until :meth:`bind`."""
         self._backend = None
 
     @property
@@ -195,7 +197,7 @@ class Group:
 
 
 class _ProcessGroup:
-    """The group that ``group=None`` means in this process. The one piece of process state; set by ``init_tensor_parallel``."""
+    """The group that ``group=None`` means in this process; ``init_tensor_parallel`` sets it."""
 
     def __init__(self) -> None:
         self.group: Group | None = None
@@ -229,6 +231,7 @@ def default_group() -> Group:
     """What ``group=None`` means: the group of :func:`init_tensor_parallel`, else the one the user made with
     ``dist.init_process_group``, else a world of one.
 
-    Raises :class:`GroupUnbound` when the environment says that this process was launched as one of several and neither exists.
+    Raises :class:`GroupUnbound` when the environment says that this process was launched as one of several and neither
+    exists.
     """
     return process_group.current()

@@ -1,4 +1,4 @@
-"""How one dimension is divided among ranks: as evenly as possible, the first ranks taking the remainder, never padded."""
+"""How one dimension is divided among ranks: as evenly as possible, the first ranks take the remainder, never padded."""
 
 from itertools import accumulate
 
@@ -6,7 +6,7 @@ from tensor_parallel.errors import ConfigError
 
 
 def split_sizes(size: int, world_size: int) -> tuple[int, ...]:
-    """Length each rank holds of a dimension of ``size`` elements: ``split_sizes(10, 4) == (3, 3, 2, 2)``, as ``torch.tensor_split``."""
+    """How many of ``size`` elements each rank holds: ``split_sizes(10, 4) == (3, 3, 2, 2)``, as ``tensor_split``."""
     share, remainder = divmod(size, world_size)
     return tuple(share + (rank < remainder) for rank in range(world_size))
 

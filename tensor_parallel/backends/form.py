@@ -26,7 +26,8 @@ def form_backend(
     segment_prefix: str = "",
     host: str = "",
 ) -> Backend:
-    """Connect this rank to its peers and prove it with one checked all-reduce. Every rank calls it with the same arguments.
+    """Connect this rank to its peers and prove it with one checked all-reduce. Every rank calls it with the same
+    arguments.
 
     Args:
         kind: one of :data:`KINDS`; see :mod:`tensor_parallel.backends`.

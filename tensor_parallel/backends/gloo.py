@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 from datetime import timedelta
+from typing import Any
 
 from torch._C._distributed_c10d import ProcessGroupGloo, Store
 
@@ -16,8 +17,9 @@ from tensor_parallel.errors import CollectiveTimeout, PeerLost
 class GlooBackend(TorchGroupBackend):
     """A gloo process group whose blocked collectives end at once on :meth:`abort`.
 
-    ``ProcessGroupGloo.abort`` does not free a blocked operation (torch 2.13); shutting down its TCP connections does, here and
-    on every peer. So the backend keeps a duplicate of each connection's descriptor, which nobody else can close and reuse.
+    ``ProcessGroupGloo.abort`` does not free a blocked operation (torch 2.13); shutting down its TCP connections does,
+    here and on every peer. So the backend keeps a duplicate of each connection's descriptor, which nobody else can
+    close and reuse.
 
     Args:
         store: rendezvous, prefixed so that no other generation uses the same keys.
@@ -54,8 +56,8 @@ class GlooBackend(TorchGroupBackend):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-def _options(timeout: timedelta, host: str) -> ProcessGroupGloo._Options:
-    options = ProcessGroupGloo._Options()
+def _options(timeout: timedelta, host: str) -> Any:
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._threads = 2
     options._devices = [
@@ -78,7 +80,8 @@ def _open_sockets() -> dict[int, str]:
 def _mesh_connections(opened: list[int], store: Store, rank: int, world_size: int) -> list[socket.socket]:
     """Duplicates of this group's connections among the sockets ``opened`` while it was formed.
 
-    Other threads open sockets too. A connection is the group's when one of its ends is the port that a member listens on.
+    Other threads open sockets too. A connection is the group's when one of its ends is the port that a member listens
+    on.
     """
     ours: list[socket.socket] = []
     ports: list[int] = []

@@ -44,7 +44,8 @@ def row_bytes(tensor: Tensor, dim: int) -> int:
 def join_gathered(flat: Tensor, local: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
     """Concatenate along ``dim`` the ranks' tensors lying one after the other in ``flat`` (bytes).
 
-    ``local`` is this rank's own and gives the dtype and the other dimensions. A view of ``flat`` where the order allows it.
+    ``local`` is this rank's own and gives the dtype and the other dimensions. A view of ``flat`` where the order allows
+    it.
     """
     shape = list(local.shape)
     values = flat.view(local.dtype)
@@ -63,7 +64,7 @@ def join_gathered(flat: Tensor, local: Tensor, sizes: Sequence[int], dim: int) -
 
 
 def split_for_ranks(tensor: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
-    """``tensor``'s parts along ``dim``, each contiguous, one after the other in one flat tensor. A view where possible."""
+    """The ranks' parts of ``tensor`` along ``dim``, each contiguous, in one flat tensor; a view if possible."""
     if prod(tensor.shape[:dim]) == 1:
         return tensor.view(-1)
     return torch.cat([part.reshape(-1) for part in tensor.split(list(sizes), dim)])

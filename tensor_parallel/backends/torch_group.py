@@ -18,7 +18,8 @@ class TorchGroupBackend:
     """Collectives over a process group made elsewhere.
 
     Args:
-        process_group: anything with the methods of ``ProcessGroup`` or of one of its backends (``ProcessGroupGloo``...).
+        process_group: anything with the methods of ``ProcessGroup`` or of one of its backends
+            (``ProcessGroupGloo``...).
         rank, world_size: this rank's place in it.
         name: what to call it in messages.
     """
@@ -106,7 +107,7 @@ class TorchGroupBackend:
             self._raise(operation, error)
 
     def _raise(self, operation: str, error: RuntimeError) -> NoReturn:
-        """Say which of three things happened, and let go of the peers: they must not wait for a rank that has given up."""
+        """Say which of three things happened, and let go of the peers: none may wait for a rank that has given up."""
         if self._aborted is not None:
             raise CollectiveAborted(self._describe(operation, self._aborted)) from error
         detail = str(error).partition("\n")[0] or type(error).__name__

@@ -9,9 +9,9 @@
     def test_sum() -> None:
         assert on_ranks(2, sums_to_three) == [3.0, 3.0]
 
-``on_ranks`` keeps one pool of processes per world size for the whole test run, so that a case costs milliseconds; a pool in
-which anything failed is killed and replaced. Processes fork from a server that has torch loaded. ``Ranks`` is one pool, for
-tests that kill its members. Functions must be importable: top-level, or ``functools.partial`` of one.
+``on_ranks`` keeps one pool of processes per world size for the whole test run, so that a case costs milliseconds; a
+pool in which anything failed is killed and replaced. Processes fork from a server that has torch loaded. ``Ranks`` is
+one pool, for tests that kill its members. Functions must be importable: top-level, or ``functools.partial`` of one.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Ranks:
         while waiting:
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
-                failures.update({rank: "did not finish in time" for rank in waiting.values()})
+                failures.update(dict.fromkeys(waiting.values(), "did not finish in time"))
                 break
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[call-overload]
