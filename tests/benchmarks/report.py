@@ -84,6 +84,16 @@ class Report:
         lines.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join([f"# {self.name}", f"$ {self.command}", *lines, *self.notes])
 
+    def transposed(self) -> str:
+        """The table with one line per column: for few rows of many figures."""
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        width = max(len(column) for column in columns)
+        lines = [
+            f"{column.ljust(width)}  " + "  ".join(_shown(row.get(column)).rjust(10) for row in self.rows)
+            for column in columns
+        ]
+        return "\n".join([f"# {self.name}", f"$ {self.command}", *lines, *self.notes])
+
     def as_json(self) -> dict[str, Any]:
         return {"name": self.name, "command": self.command, "rows": self.rows, "notes": self.notes}
 

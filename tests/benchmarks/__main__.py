@@ -1,0 +1,83 @@
+"""``python -m tests.benchmarks [NAME ...]``: each prints a table; --json keeps the figures with the machine's facts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.benchmarks.report import Report, machine_facts, plot, write_json
+
+
+def _collectives(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.bench_collectives import collectives
+
+    return [collectives()]
+
+
+def _served(args: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.served import served
+
+    return [served(Path(args.triton) if args.triton else None)]
+
+
+def _overhead(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.served import overhead
+
+    return [overhead()]
+
+
+def _scaling(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.scaling import scaling
+
+    return [scaling()]
+
+
+def _loading(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.loading import loading
+
+    return [loading()]
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Report]]] = {
+    "collectives": _collectives,
+    "scaling": _scaling,
+    "overhead": _overhead,
+    "served": _served,
+    "loading": _loading,
+}
+PLOTS: dict[str, dict[str, object]] = {
+    "scaling": {"x": "batch", "ys": ["unsharded_ms", "two_ranks_ms"], "ylabel": "ms per forward", "log": True},
+    "served": {"x": "server", "ys": ["batch 1 ms", "batch 64 ms", "16 MiB ms"], "ylabel": "p50, ms", "log": True},
+    "loading": {"x": "case", "ys": ["mib_per_second"], "ylabel": "MiB/s"},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (all by default)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures and the machine's facts")
+    parser.add_argument("--plots", metavar="DIR", help="draw a chart of each")
+    parser.add_argument(
+        "--triton", metavar="VENV", help="measure Triton too: a virtual environment with nvidia-pytriton"
+    )
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    print(" ".join(f"{key}={value}" for key, value in machine_facts().items()))
+    reports: list[Report] = []
+    for name in args.names or BENCHMARKS:
+        for report in BENCHMARKS[name](args):
+            reports.append(report)
+            print(report.table(), flush=True)
+            if args.plots and name in PLOTS:
+                plot(report, Path(args.plots, f"{name}.svg"), **PLOTS[name])  # type: ignore[arg-type]
+    if args.json:
+        write_json(Path(args.json), reports)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
