@@ -12,7 +12,7 @@ PROTOS := $(wildcard protos/tensor_parallel/v1/*.proto protos/inference/*.proto)
 C_SOURCES := $(wildcard tensor_parallel/backends/*.c)
 TESTS ?= tests
 
-.PHONY: venv demo test lint format bench chaos clean
+.PHONY: venv demo test lint format bench bench-triton chaos clean
 
 venv: $(VENV)/.installed
 
@@ -47,7 +47,17 @@ format: venv
 	$(BIN)/python -m ruff format .
 
 bench: venv
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks $(if $(JSON),--json '$(JSON)') $(BENCHMARKS)
+
+# Triton in a virtual environment of its own: its python stub needs numpy 1.
+.venv-triton/.installed: | $(VENV)/.installed
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-triton/bin/python -m pip install --quiet 'nvidia-pytriton==0.7.0' 'numpy<2'
+	@touch $@
+
+bench-triton: .venv-triton/.installed
+	$(BIN)/python -m tests.benchmarks --triton .venv-triton $(if $(JSON),--json '$(JSON)') served
 
 chaos: venv
 	$(BIN)/python -m tests.chaos --faults 200

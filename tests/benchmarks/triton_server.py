@@ -1,7 +1,7 @@
 """The real Triton beside us: ``tritonserver`` and its python backend from the ``nvidia-pytriton`` wheel, without a GPU.
 
-Needs a virtual environment of its own (``make bench-triton`` makes ``.venv-triton``): the wheel's python stub reads arrays
-by the layout of numpy 1, and with numpy 2 every output is silently empty.
+Needs a virtual environment of its own (``make bench-triton`` makes ``.venv-triton``): the wheel's python stub reads
+arrays by the layout of numpy 1, and with numpy 2 every output is silently empty.
 """
 
 from __future__ import annotations

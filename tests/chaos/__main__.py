@@ -1,4 +1,4 @@
-"""``python -m tests.chaos``: faults under load on 2 and 4 ranks; prints one table of figures, exit 1 on a broken promise."""
+"""``python -m tests.chaos``: faults under load, one table of figures; exits 1 on a broken promise."""
 
 from __future__ import annotations
 
