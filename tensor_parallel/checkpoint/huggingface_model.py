@@ -1,0 +1,197 @@
+"""From stored names to a model's weights, by the very code ``transformers`` loads checkpoints with.
+
+``transformers`` knows renamed layers, prefixes of base models, weights stored per expert and used stacked, tied weights, keys
+to ignore and modules kept in float32. All of it is code that handles tensors; it is run here on tensors that hold expressions
+instead of data (:mod:`tensor_parallel.checkpoint.lazy`), so its result is exactly what ``from_pretrained`` would load, and no
+byte has been read. This is the only module that touches the inside of ``transformers``.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensor_parallel.checkpoint.lazy import LazyTensor
+from tensor_parallel.checkpoint.options import SourceOptions
+from tensor_parallel.checkpoint.stored import StoredTensor
+from tensor_parallel.errors import CheckpointError
+
+# A checkpoint is a directory: nothing it names may be fetched. Read by huggingface_hub when it is first imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TASKS = {
+    "feature-extraction": "AutoModel", "text-generation": "AutoModelForCausalLM", "fill-mask": "AutoModelForMaskedLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM", "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification", "question-answering": "AutoModelForQuestionAnswering",
+    "multiple-choice": "AutoModelForMultipleChoice", "image-classification": "AutoModelForImageClassification",
+    "audio-classification": "AutoModelForAudioClassification", "image-text-to-text": "AutoModelForImageTextToText",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq", "object-detection": "AutoModelForObjectDetection",
+}  # fmt: skip
+
+_ATTENTION = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model, the value of each of its parameters and buffers by name, and the stored tensors it has no use for."""
+
+    model: nn.Module
+    tensors: dict[str, Tensor]
+    unused: tuple[str, ...]
+
+
+def make_config(described: Mapping[str, Any], options: SourceOptions) -> Any:
+    """The ``PreTrainedConfig`` of a parsed ``config.json``, cache off. Raises :class:`CheckpointError`."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = described["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(f"config.json: model_type {model_type!r} is not known to the installed transformers")
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(described)))
+    except Exception as error:  # whatever its validation raises, the config is at fault
+        raise CheckpointError(f"config.json is not a valid {model_type} config: {_first_line(error)}") from error
+    for part in _configs(config):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
+        part.return_dict = True
+    if options.attention is not None and options.attention not in _ATTENTION:
+        raise CheckpointError(f"option attention must be one of {', '.join(_ATTENTION)}, not {options.attention}")
+    config._attn_implementation = options.attention
+    return config
+
+
+def model_class(described: Mapping[str, Any], config: Any, options: SourceOptions) -> Any:
+    """The class to build: the one asked for, else the auto class of the task asked for, else the one ``architectures`` names."""
+    import transformers
+
+    named = described.get("architectures")
+    wanted = options.architecture
+    if wanted is None and options.task is None and isinstance(named, list) and named:
+        wanted = named[0]
+    if wanted is None:
+        task = options.task or "feature-extraction"
+        if task not in TASKS:
+            raise CheckpointError(f"unknown task {task}; known are {', '.join(TASKS)}")
+        mapping = getattr(transformers, TASKS[task])._model_mapping
+        if type(config) not in mapping:
+            raise CheckpointError(f"a {config.model_type} model has no form for task {task}")
+        found = mapping[type(config)]
+        return found[0] if isinstance(found, list | tuple) else found
+    found = getattr(transformers, wanted, None) if isinstance(wanted, str) and re.fullmatch(r"\w+", wanted) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(f"config.json: {wanted!r} is not a model class of the installed transformers; custom code is never run")
+    return found
+
+
+def serving_dtype(config: Any, stored: Mapping[str, StoredTensor], asked: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for, else the config's, else that of the first stored float tensor, as ``dtype="auto"`` means."""
+    if asked is not None:
+        return asked
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    floats = (t.dtype for t in stored.values() if t.dtype.is_floating_point and t.dtype.itemsize > 1)
+    return next(floats, torch.float32)
+
+
+def resolve(build: Any, config: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> Resolved:
+    """The model of class ``build`` and where each of its tensors comes from.
+
+    Raises :class:`CheckpointError` naming every tensor that is missing or of another shape than the model's.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    model = _empty_model(build, config, dtype)
+    load = LoadStateDictConfig(
+        device_map={"": "cpu"}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=get_model_conversion_mapping(model)
+    )
+    lazy = {name: LazyTensor.stored(tensor) for name, tensor in stored.items()}
+    with _quiet():
+        info, _ = build._load_pretrained_model(model, lazy, None, load)
+        _refuse_wrong(info)
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    absent = set(info.missing_keys)
+    model._adjust_missing_and_unexpected_keys(info)
+    if info.missing_keys:
+        raise CheckpointError(f"missing from the checkpoint: {_listed(info.missing_keys)}")
+    _compute_the_rest(model, absent)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    values: dict[int, Tensor] = {id(value): _value(value) for _, value in named}  # one object per distinct tensor: ties stay visible
+    return Resolved(model, {name: values[id(value)] for name, value in named}, tuple(sorted(info.unexpected_keys)))
+
+
+def _empty_model(build: Any, config: Any, dtype: torch.dtype) -> Any:
+    config = copy.deepcopy(config)
+    for part in _configs(config):
+        part.dtype = dtype
+    try:
+        with ExitStack() as stack:
+            for context in build.get_init_context(dtype, False, False, None):
+                stack.enter_context(context)
+            return build(config)
+    except Exception as error:  # model code raises anything for sizes that do not fit together
+        raise CheckpointError(f"{build.__name__} cannot be built from config.json: {_first_line(error)}") from error
+
+
+def _compute_the_rest(model: Any, absent: set[str]) -> None:
+    """Give a value to what is in no checkpoint by design: non-persistent buffers, and weights the model lists as optional."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # should any of it be random, it must be alike on every rank
+        model._move_missing_keys_from_meta_to_device(absent, {"": "cpu"}, None, None)
+        model._initialize_missing_keys(False)
+
+
+def _value(tensor: Tensor) -> Tensor:
+    return LazyTensor(tensor.node) if isinstance(tensor, LazyTensor) else tensor.detach()
+
+
+def _refuse_wrong(info: Any) -> None:
+    if info.mismatched_keys:
+        shown = [f"{name} is {tuple(got)}, the model needs {tuple(want)}" for name, got, want in sorted(info.mismatched_keys)]
+        raise CheckpointError(f"wrong shape: {_listed(shown)}")
+    if info.conversion_errors:
+        name, text = sorted(info.conversion_errors.items())[0]
+        reason = text.strip().splitlines()[-1]
+        raise CheckpointError(f"the stored tensors of {name} cannot be converted to the model's: {reason}")
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            yield from _configs(part)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar on the stderr of a daemon whose every line is JSON."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _listed(names: Any, at_most: int = 8) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - at_most} more" if len(ordered) > at_most else ""
+    return ", ".join(ordered[:at_most]) + more
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
