@@ -8,6 +8,9 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from tensor_parallel.backends.gloo import GlooBackend
+from tensor_parallel.backends.shm import ShmBackend
+from tensor_parallel.backends.shm_handshake import Host, exchange_hosts
+from tensor_parallel.backends.shm_library import MAX_RANKS, load_library
 from tensor_parallel.errors import ConfigError, PeerLost
 from tensor_parallel.group import Backend
 from tensor_parallel.partition import check_rank
@@ -45,19 +48,37 @@ def form_backend(
     device = torch.device(device)
     if kind not in KINDS:
         raise ConfigError(f"unknown backend {kind!r}: choose one of {', '.join(KINDS)}")
-    if kind == "auto":
-        kind = "nccl" if device.type == "cuda" else "gloo"
-    backend: Backend
-    if kind == "gloo":
-        backend = GlooBackend(store, rank, world_size, timeout, host)
-    else:
-        raise ConfigError(f"backend {kind!r} is not available yet")
+    backend = _connect(kind, store, rank, world_size, device, timeout, segment_prefix, host)
     try:
         _check(backend, device)
     except BaseException:
         backend.close()
         raise
     return backend
+
+
+def _connect(
+    kind: str,
+    store: Store,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    timeout: timedelta,
+    segment_prefix: str,
+    host: str,
+) -> Backend:
+    if kind == "nccl" or (kind == "auto" and device.type == "cuda"):
+        raise ConfigError("backend 'nccl' is not available yet")
+    if device.type != "cpu":
+        raise ConfigError(f"backend {kind!r} moves CPU tensors, not those of {device}")
+    if kind == "shm":
+        return ShmBackend(store, rank, world_size, timeout, prefix=segment_prefix)
+    if kind == "auto":
+        here = Host.here() if load_library() is not None else Host.nowhere()
+        hosts = exchange_hosts(store, here, rank, world_size, timeout)
+        if len({one.identity for one in hosts}) == 1 and world_size <= MAX_RANKS:
+            return ShmBackend(store, rank, world_size, timeout, hosts, segment_prefix)
+    return GlooBackend(store, rank, world_size, timeout, host)
 
 
 def _check(backend: Backend, device: torch.device) -> None:

@@ -36,6 +36,11 @@ def restore(tensor: Tensor, carrier: Tensor) -> None:
         tensor.copy_(carrier)
 
 
+def as_dtype(carrier: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of ``dtype`` from what a collective made of one in :func:`reducible`'s."""
+    return torch.view_as_complex(carrier) if dtype.is_complex else carrier.to(dtype)
+
+
 def row_bytes(tensor: Tensor, dim: int) -> int:
     """Bytes of one index of ``tensor`` along ``dim``."""
     return prod(size for axis, size in enumerate(tensor.shape) if axis != dim) * tensor.element_size()

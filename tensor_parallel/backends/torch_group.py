@@ -10,7 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tensor_parallel.backends.layout import join_gathered, raw_bytes, reducible, restore, row_bytes, split_for_ranks
+from tensor_parallel.backends.layout import (
+    as_dtype,
+    join_gathered,
+    raw_bytes,
+    reducible,
+    restore,
+    row_bytes,
+    split_for_ranks,
+)
 from tensor_parallel.errors import CollectiveAborted, CollectiveError, CollectiveTimeout, PeerLost
 
 
@@ -73,7 +81,8 @@ class TorchGroupBackend:
         self._wait(
             "reduce-scatter", lambda group: group.alltoall_base(raw_bytes(flat), raw_bytes(send), receive, lengths)
         )
-        return torch.sum(reducible(flat), 0, dtype=tensor.dtype)
+        carrier = reducible(flat)
+        return as_dtype(torch.sum(carrier, 0, dtype=carrier.dtype), tensor.dtype)
 
     def broadcast_(self, tensor: Tensor, src: int) -> Tensor:
         options = dist.BroadcastOptions()
