@@ -39,6 +39,10 @@ class NotFound(ServiceError):
     code = grpc.StatusCode.NOT_FOUND
 
 
+class AlreadyExists(ServiceError):
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+
 class FailedPrecondition(ServiceError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
@@ -80,6 +84,7 @@ _BY_CODE: dict[int, type[ServiceError]] = {
     for error in (
         InvalidArgument,
         NotFound,
+        AlreadyExists,
         FailedPrecondition,
         ResourceExhausted,
         DeadlineExceeded,

@@ -1,0 +1,36 @@
+"""What every servicer wants to know about the RPC at hand: its id, its deadline, its trace."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from coordinator.tracing import carrier_of
+
+REQUEST_ID = "x-request-id"
+# An id travels in metadata and log lines: printable ASCII, of a sane length.
+_SAFE = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """``deadline`` is in the event loop's clock, None when the client set none."""
+
+    request_id: str
+    deadline: float | None
+    trace_context: dict[str, str]
+
+
+def call_of(context: grpc.aio.ServicerContext[Any, Any], given: str = "") -> Call:
+    """The id is that of the metadata, else ``given`` (a field of the request), else a new one."""
+    metadata = context.invocation_metadata() or ()
+    candidates = [value for key, value in metadata if key == REQUEST_ID and isinstance(value, str)]
+    request_id = next((name for name in (*candidates, given) if _SAFE.fullmatch(name)), None) or uuid.uuid4().hex
+    remaining = context.time_remaining()
+    deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
+    return Call(request_id, deadline, carrier_of(metadata))
