@@ -81,7 +81,9 @@ def _audio_shape(config: Any) -> tuple[int, ...]:
 
 
 def _feature_shape(config: Any) -> tuple[int, ...]:
-    bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 80
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
+    if hasattr(config, "input_feat_per_channel"):
+        return (BATCH, 4 * LENGTH, bins)
     if hasattr(config, "max_source_positions"):  # the encoder's convolutions halve the length, which must then match its table
         return (BATCH, bins, 2 * config.max_source_positions)
     return (BATCH, 4 * LENGTH, bins)

@@ -56,7 +56,9 @@ def make_config(described: Mapping[str, Any], options: SourceOptions) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(f"config.json: model_type {model_type!r} is not known to the installed transformers")
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(described)))
+        build = CONFIG_MAPPING[model_type]
+        values = build._decode_special_floats(copy.deepcopy(dict(described)))  # infinities, which JSON has no word for
+        config = build.from_dict(values)
     except Exception as error:  # whatever its validation raises, the config is at fault
         raise CheckpointError(f"config.json is not a valid {model_type} config: {_first_line(error)}") from error
     for part in _configs(config):

@@ -152,8 +152,9 @@ def _node(tensor: Tensor) -> Node:
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of any other operation, to be evaluated on whole tensors when it is read."""
-    schema = func._schema
-    if schema.is_mutable:
+    if func._schema.is_mutable:
+        if isinstance(args[0], LazyTensor) and isinstance(args[0].node, Computed):
+            return args[0]  # initialising a value derived from stored ones (a weight norm) changes nothing that is kept
         raise NotImplementedError(f"{func} changes a tensor in place; tensors of a checkpoint are read only")
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, LazyTensor)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tensor_parallel.checkpoint.constraints import Constraints
 from tensor_parallel.checkpoint.digest import source_digest
 from tensor_parallel.checkpoint.expression import Box, Node, whole
 from tensor_parallel.checkpoint.lazy import LazyTensor
@@ -50,6 +51,10 @@ class Source(ABC):
     @abstractmethod
     def example_inputs(self) -> dict[str, Tensor]:
         """Small valid inputs by argument name, to trace and plan with; every free dimension larger than 1."""
+
+    def constraints(self) -> Constraints:
+        """What the shapes of the inputs must meet, where the checkpoint itself says so."""
+        return Constraints()
 
     def default_inputs(self) -> Mapping[str, tuple[str, int]]:
         """Inputs a request may leave out: name -> (the input whose shape it takes, the value it is filled with)."""
@@ -125,13 +130,16 @@ def _leave_weights_out(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             replaced[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         owner, leaf = _owner(model, name)
         owner._parameters[leaf] = replaced[id(parameter)]
+    read: dict[int, Tensor] = {}
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         if isinstance(buffer, LazyTensor) or buffer.device.type == "meta":
             value = tensors[name]
             if isinstance(value, LazyTensor):
-                value = tensors[name] = read_whole(value.node)
+                if id(value) not in read:
+                    read[id(value)] = read_whole(value.node)
+                tensors[name] = read[id(value)]
             owner, leaf = _owner(model, name)
-            owner._buffers[leaf] = value
+            owner._buffers[leaf] = tensors[name]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
