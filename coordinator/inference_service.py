@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from coordinator import inference_codec, inference_models, inference_repository
 from coordinator.core import Core
@@ -54,25 +55,31 @@ def inference_handler(core: Core, tracing: Tracing | None = None) -> grpc.Generi
     }
     for method in service.methods:
         if method.name not in methods:
-            methods[method.name] = grpc.unary_unary_rpc_method_handler(
-                _guarded(getattr(servicer, method.name)),
-                request_deserializer=message(method.input_type.name).FromString,
-                response_serializer=message(method.output_type.name).SerializeToString,
-            )
+            behave = _guarded(getattr(servicer, method.name), message(method.input_type.name))
+            methods[method.name] = grpc.unary_unary_rpc_method_handler(behave)
     return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
 
-def _guarded(behave: Unary) -> Callable[[Any, Context], Awaitable[Any]]:
-    async def handle(request: Any, context: Context) -> Any:
+def _guarded(behave: Unary, request_class: Any) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    """Parses here, because gRPC itself would answer INTERNAL to bytes that are no message."""
+
+    async def handle(data: bytes, context: Context) -> bytes:
         call = call_of(context)
         try:
-            answer = await behave(request, call)
+            answer: bytes = (await behave(_parse(request_class, data), call)).SerializeToString()
         except Exception as error:
             await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         return answer
 
     return handle
+
+
+def _parse(request_class: Any, data: bytes) -> Any:
+    try:
+        return request_class.FromString(data)
+    except DecodeError as error:
+        raise InvalidArgument(f"the request is no {request_class.DESCRIPTOR.name}: {error}") from None
 
 
 def _answer(kind: str, /, **fields: Any) -> Any:

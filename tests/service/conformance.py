@@ -608,10 +608,11 @@ def failures_carry_error_info(env):
 
 @check
 def bytes_that_are_no_message(env):
-    call = env.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-    for junk in (b"\xff\xff\xff", b"\x0a\xff" * 10_000):
-        with rpc_fails("INVALID_ARGUMENT"):
-            call(junk, timeout=TIMEOUT)
+    for method in ("ModelInfer", "ModelMetadata", "RepositoryModelLoad"):
+        call = env.channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
+        for junk in (b"\xff\xff\xff", b"\x0a\xff" * 10_000):
+            with rpc_fails("INVALID_ARGUMENT"):
+                call(junk, timeout=TIMEOUT)
 
 
 # ---- asynchronous and streaming
