@@ -69,10 +69,10 @@ def tensor_of(tensor: tensor_pb2.Tensor, data: memoryview | None) -> TensorValue
     try:
         dtype = DataType(tensor.dtype)
     except ValueError:
-        raise InvalidArgument(f"input {tensor.name!r} has no known dtype ({tensor.dtype})") from None
+        raise InvalidArgument(f"tensor {tensor.name!r} has no known dtype ({tensor.dtype})") from None
     shape = tuple(tensor.shape)
     if any(size < 0 for size in shape):
-        raise InvalidArgument(f"input {tensor.name!r} has a negative size in its shape {list(shape)}")
+        raise InvalidArgument(f"tensor {tensor.name!r} has a negative size in its shape {list(shape)}")
     if tensor.HasField("shared_memory"):
         return TensorValue(tensor.name, dtype, shape, None, region_of(tensor.shared_memory))
     return TensorValue(tensor.name, dtype, shape, data)

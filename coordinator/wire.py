@@ -119,4 +119,6 @@ def payload(number: int, data: Buffer) -> list[Buffer]:
 def flat(data: Buffer) -> memoryview:
     """``data`` as bytes, so that len() is its size."""
     view = memoryview(data)
-    return view if view.ndim == 1 and view.format == "B" else view.cast("B")
+    if view.ndim == 1 and view.format == "B":
+        return view
+    return view.cast("B") if view.nbytes else memoryview(b"")

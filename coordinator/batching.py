@@ -1,0 +1,171 @@
+"""The queue: bounded, by priority, and joined into batches.
+
+A request waits only while the ranks have enough to do. When a place in the pipeline is free the most urgent request
+leaves, together with whatever queued meanwhile that equals it in all but the batch dimension. So a lone client waits
+for nothing, and the batch grows with the load by itself. With one command at the ranks already, the next may wait up to
+the model's delay to grow: the ranks are busy anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import heapq
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from coordinator.catalog import ModelVersion
+from coordinator.errors import DeadlineExceeded, ResourceExhausted, ServiceError
+from coordinator.types import InferRequest, InferResult, Timings
+
+DEFAULT_PRIORITY = 100
+RETRY_MS = 20
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request in the queue. ``key`` is equal for requests that may share a forward, None for one that may not."""
+
+    request: InferRequest
+    entry: ModelVersion
+    rows: int
+    key: Hashable
+    future: asyncio.Future[InferResult]
+    queued: float
+    order: tuple[int, int] = (0, 0)
+    left: bool = False
+    timings: Timings = field(default_factory=Timings)
+
+    def __lt__(self, other: Ticket) -> bool:
+        return self.order < other.order
+
+    @property
+    def waiting(self) -> bool:
+        return not self.left and not self.future.done()
+
+
+class Pipeline(Protocol):
+    """Where batches go."""
+
+    def free(self) -> int:
+        """Commands that may be dispatched now; 0 or less while the pipeline is full, or there is no generation."""
+
+    def idle(self) -> bool:
+        """Nothing is at the ranks."""
+
+    def dispatch(self, batch: list[Ticket]) -> None:
+        """Must not fail: it answers the tickets' futures whatever happens."""
+
+
+class Queue:
+    """Everything that was accepted and not dispatched."""
+
+    def __init__(self, limit: int, pipeline: Pipeline) -> None:
+        self._limit = limit
+        self._pipeline = pipeline
+        self._loop = asyncio.get_running_loop()
+        self._heap: list[Ticket] = []
+        self._lanes: dict[Hashable, list[Ticket]] = {}
+        self._arrivals = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self.depth = 0
+
+    def submit(self, ticket: Ticket) -> None:
+        """Raises ResourceExhausted when the queue is full. The ticket's future is answered sooner or later."""
+        if self.depth >= self._limit:
+            raise ResourceExhausted(f"the queue is full ({self._limit} requests wait)", retry_after_ms=RETRY_MS)
+        self._arrivals += 1
+        ticket.order = (ticket.request.priority or DEFAULT_PRIORITY, self._arrivals)
+        heapq.heappush(self._heap, ticket)
+        if ticket.key is not None:
+            bisect.insort(self._lanes.setdefault(ticket.key, []), ticket)
+        self.depth += 1
+        ticket.future.add_done_callback(lambda _: self._answered(ticket))
+        self.pump()
+
+    def pump(self) -> None:
+        """Dispatches what can be; called whenever something was queued or came back."""
+        while self._pipeline.free() > 0:
+            head = self._head()
+            if head is None or self._may_grow(head):
+                return
+            self._pipeline.dispatch(self._take(head))
+
+    def fail_all(self, error: Callable[[], ServiceError]) -> None:
+        """Answers everything that waits with an error."""
+        for ticket in [ticket for ticket in self._heap if ticket.waiting]:
+            ticket.future.set_exception(error())
+            self._remove(ticket)
+        self._heap.clear()
+
+    def _head(self) -> Ticket | None:
+        while self._heap and not self._live(self._heap[0]):
+            heapq.heappop(self._heap)
+        return self._heap[0] if self._heap else None
+
+    def _live(self, ticket: Ticket) -> bool:
+        """Drops a ticket whose deadline has passed."""
+        deadline = ticket.request.deadline
+        if ticket.waiting and deadline is not None and self._loop.time() >= deadline:
+            ticket.future.set_exception(DeadlineExceeded("the deadline passed while the request was queued"))
+            self._remove(ticket)
+        return ticket.waiting
+
+    def _may_grow(self, head: Ticket) -> bool:
+        """Whether the batch of ``head`` should wait for more; arms the timer that ends the wait."""
+        if head.key is None or self._pipeline.idle():
+            return False
+        most, delay = _limits(head.entry)
+        left = head.queued + delay - self._loop.time()
+        if left <= 0 or sum(ticket.rows for ticket in self._lanes[head.key]) >= most:
+            return False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(left, self.pump)
+        return True
+
+    def _take(self, head: Ticket) -> list[Ticket]:
+        """``head`` and whatever may share its forward, removed from the queue."""
+        batch = [head]
+        room = _limits(head.entry)[0] - head.rows
+        for ticket in [] if head.key is None else self._lanes[head.key]:
+            if ticket is head or not ticket.waiting or ticket.rows > room:
+                continue
+            batch.append(ticket)
+            room -= ticket.rows
+        now = self._loop.time()
+        batch = [ticket for ticket in batch if ticket is head or self._live(ticket)]
+        for ticket in batch:
+            self._remove(ticket)
+            ticket.timings.queue = now - ticket.queued
+        return batch
+
+    def _answered(self, ticket: Ticket) -> None:
+        if not ticket.left:  # cancelled while it waited
+            self._remove(ticket)
+
+    def _remove(self, ticket: Ticket) -> None:
+        ticket.left = True
+        self.depth -= 1
+        if ticket.key is not None:
+            lane = self._lanes[ticket.key]
+            del lane[bisect.bisect_left(lane, ticket)]
+            if not lane:
+                del self._lanes[ticket.key]
+        if len(self._heap) > 2 * self.depth + 64:  # mostly tickets that have left: let go of their tensors
+            self._heap = [ticket for ticket in self._heap if ticket.waiting]
+            heapq.heapify(self._heap)
+
+
+def _limits(entry: ModelVersion) -> tuple[int, float]:
+    """Rows joined at most, and seconds that a request may wait to be joined."""
+    assert entry.info is not None
+    batching = entry.info.batching
+    return max(1, batching.max_joined_rows), batching.max_delay_microseconds / 1e6
+
+
+def join_key(request: InferRequest, entry: ModelVersion) -> Hashable:
+    """Equal for requests that differ in their rows only."""
+    inputs = tuple((value.name, value.shape[1:]) for value in request.inputs)
+    return (entry.name, entry.version, inputs, tuple(request.outputs))

@@ -1,0 +1,190 @@
+"""One forward from request to result: checked, queued, joined, dispatched, assembled, split."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Sequence
+
+from coordinator.assemble import assemble, split
+from coordinator.batching import Queue, Ticket, join_key
+from coordinator.catalog import Catalog, ModelVersion
+from coordinator.commands import BatchInput, Execute, Executed
+from coordinator.config import Config
+from coordinator.errors import ResourceExhausted, ServiceError, Unavailable, describe
+from coordinator.fleet import Fleet
+from coordinator.generation import Ending
+from coordinator.metrics import Metrics
+from coordinator.types import InferRequest, InferResult, TensorValue
+from coordinator.validation import can_join, check
+from coordinator.wire import flat
+
+Answers = list[Executed | None]
+
+
+class Forwarder:
+    def __init__(self, config: Config, catalog: Catalog, fleet: Fleet, metrics: Metrics) -> None:
+        self._catalog = catalog
+        self._fleet = fleet
+        self._metrics = metrics
+        self._depth = config.pipeline_depth
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.commands = 0
+        """Batches at the ranks."""
+        self.requests = 0
+        """Requests accepted and not answered."""
+        self.queue = Queue(config.queue_size, self)
+
+    async def run(self, request: InferRequest) -> InferResult:
+        """Raises ServiceError. A caller that is cancelled leaves the queue; what was dispatched runs to its end."""
+        generation = self._fleet.generation
+        if generation is None:
+            self._catalog.find(
+                request.model, request.version
+            )  # an unknown model stays unknown, whatever the group does
+        number = self._fleet.ready().number
+        entry = self._catalog.ready(request.model, request.version, number)
+        rows = check(request, entry)
+        started = self._loop.time()
+        key = join_key(request, entry) if rows and can_join(entry) else None
+        ticket = Ticket(request, entry, rows, key, self._loop.create_future(), started)
+        self._enter(entry)
+        ticket.future.add_done_callback(lambda _: self._exit(entry))
+        try:
+            self.queue.submit(ticket)
+            result = await ticket.future
+        except BaseException:
+            ticket.future.cancel()
+            raise
+        result.timings.total = self._loop.time() - started
+        return result
+
+    async def finished(self) -> None:
+        """Until nothing that was accepted waits for its answer."""
+        await self._idle.wait()
+
+    def _enter(self, entry: ModelVersion) -> None:
+        entry.users += 1
+        self.requests += 1
+        self._idle.clear()
+
+    def _exit(self, entry: ModelVersion) -> None:
+        entry.users -= 1
+        self.requests -= 1
+        if not self.requests:
+            self._idle.set()
+        if not entry.users:
+            self._fleet.changed.ring()
+
+    def generation_ended(self, ending: Ending) -> None:
+        """Requests that wait would wait for as long as recovery takes, which nobody knows: their callers decide."""
+        self.queue.fail_all(self._fleet.unavailable)
+
+    # ---- the pipeline that the queue feeds
+
+    def free(self) -> int:
+        return self._depth - self.commands if self._fleet.generation is not None else 0
+
+    def idle(self) -> bool:
+        return self.commands == 0
+
+    def dispatch(self, batch: list[Ticket]) -> None:
+        generation = self._fleet.generation
+        if generation is None:
+            _answer_all(batch, self._fleet.unavailable())
+            return
+        entry = batch[0].entry
+        self._metrics.dispatched(entry.name, sum(t.rows for t in batch), [t.timings.queue for t in batch])
+        self.commands += 1
+        sent = self._loop.time()
+        future = generation.dispatch(_command(batch))
+        future.add_done_callback(functools.partial(self._done, batch, sent))
+
+    def _done(self, batch: list[Ticket], sent: float, future: asyncio.Future[Answers]) -> None:
+        self.commands -= 1
+        seconds = self._loop.time() - sent
+        self._metrics.answered(batch[0].entry.name, seconds)
+        error = future.exception()
+        if error is None:
+            self._deliver(batch, future.result(), seconds)
+        elif (
+            len(batch) > 1
+            and isinstance(error, ServiceError)
+            and not isinstance(error, Unavailable | ResourceExhausted)
+        ):
+            # One of them may be at fault: each runs again by itself, so that it costs the others nothing.
+            for ticket in batch:
+                self.dispatch([ticket])
+        else:
+            _answer_all(batch, error)
+            _count_failed(batch)
+        self.queue.pump()
+
+    def _deliver(self, batch: list[Ticket], answers: Answers, seconds: float) -> None:
+        entry = batch[0].entry
+        try:
+            outputs = split(assemble(answers, entry.placements), [ticket.rows for ticket in batch])
+        except Exception as error:
+            _answer_all(batch, describe(error, batch[0].request.request_id))
+            _count_failed(batch)
+            return
+        executed = [answer for answer in answers if answer is not None]
+        _count(entry, batch, seconds)
+        for ticket, values in zip(batch, outputs, strict=True):
+            if ticket.future.done():
+                continue
+            timings = ticket.timings
+            timings.dispatch = seconds
+            timings.forward = max(answer.forward for answer in executed)
+            timings.collective = max(answer.collective for answer in executed)
+            timings.copy = max(answer.copy for answer in executed)
+            timings.rows = sum(t.rows for t in batch)
+            ticket.future.set_result(InferResult(entry.name, entry.version, values, timings, ticket.request.request_id))
+
+
+def _command(batch: Sequence[Ticket]) -> Execute:
+    first = batch[0].request
+    entry = batch[0].entry
+    inputs = []
+    for index, value in enumerate(first.inputs):
+        shape = value.shape
+        if len(batch) > 1:
+            shape = (sum(ticket.rows for ticket in batch), *value.shape[1:])
+        segments = [flat(ticket.request.inputs[index].data or b"") for ticket in batch]
+        inputs.append(BatchInput(TensorValue(value.name, value.dtype, shape, None), list(segments)))
+    return Execute(
+        model=entry.name,
+        version=entry.version,
+        inputs=inputs,
+        outputs=first.outputs,
+        request_ids=[ticket.request.request_id for ticket in batch],
+        trace_context=first.trace_context,
+    )
+
+
+def _answer_all(batch: Sequence[Ticket], error: BaseException) -> None:
+    for ticket in batch:
+        if not ticket.future.done():
+            ticket.future.set_exception(error)
+
+
+def _count(entry: ModelVersion, batch: Sequence[Ticket], seconds: float) -> None:
+    totals = entry.statistics
+    rows = sum(ticket.rows for ticket in batch)
+    totals.executions += 1
+    totals.rows += rows
+    totals.batches[rows] = totals.batches.get(rows, 0) + 1
+    totals.last_request_unix_ms = round(time.time() * 1e3)
+    for ticket in batch:
+        totals.requests_ok += 1
+        totals.queue_ns += round(ticket.timings.queue * 1e9)
+        totals.compute_ns += round(seconds * 1e9)
+        totals.success_ns += round((ticket.timings.queue + seconds) * 1e9)
+
+
+def _count_failed(batch: Sequence[Ticket]) -> None:
+    for ticket in batch:
+        ticket.entry.statistics.requests_failed += 1

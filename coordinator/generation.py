@@ -1,0 +1,188 @@
+"""One generation as the coordinator sees it: commands out in one order, answers matched, one end for all.
+
+Dispatch is the commit point. It is a plain call that cannot be interrupted, so that no cancellation can leave a command
+at some ranks only. Once the generation has ended every command in flight fails UNAVAILABLE, and nothing of it is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from coordinator.channels import CommandChannel, Dispatch
+from coordinator.commands import Answer, Command, Executed, Failed, describe
+from coordinator.errors import ServiceError, Unavailable, from_code
+from coordinator.logging import get_logger
+
+RETRY_MS = 250
+# After a symptom (a collective failed, a rank gave up) its cause (a rank is gone) usually shows within milliseconds.
+CAUSE_GRACE = 0.05
+# Ranks that fail alike do so together; a rank that alone failed leaves the others waiting in a collective.
+UNEVEN_GRACE = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a generation ended. ``kind`` is a stable word for metrics; ``rank`` the culprit where known."""
+
+    kind: str
+    reason: str
+    rank: int | None = None
+
+
+@dataclass(slots=True)
+class _Pending:
+    command: Command
+    sent: float
+    future: asyncio.Future[list[Executed | None]]
+    answers: dict[int, Answer] = field(default_factory=dict)
+
+
+class Generation:
+    """``heard(rank)`` is called with every answer: proof of life."""
+
+    def __init__(self, number: int, world_size: int, heard: Callable[[int], None]) -> None:
+        self.number = number
+        self._heard = heard
+        self._world_size = world_size
+        self._loop = asyncio.get_running_loop()
+        self._channels: list[CommandChannel] = []
+        self._pending: dict[int, _Pending] = {}
+        self._seq = 0
+        self._suspicion: asyncio.TimerHandle | None = None
+        self.ended: asyncio.Future[Ending] = self._loop.create_future()
+        self.last_completed = self._loop.time()
+
+    def attach(self, channels: list[CommandChannel]) -> None:
+        self._channels = channels
+
+    @property
+    def alive(self) -> bool:
+        return not self.ended.done()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._pending)
+
+    @property
+    def channel_kinds(self) -> list[str]:
+        return [channel.kind for channel in self._channels]
+
+    def waiting(self) -> tuple[float, str, list[int]] | None:
+        """The oldest unanswered command: seconds since its turn came, what it is, and the ranks that owe an answer."""
+        for pending in self._pending.values():
+            missing = [rank for rank in range(self._world_size) if rank not in pending.answers]
+            since = max(pending.sent, self.last_completed)
+            return self._loop.time() - since, describe(pending.command), missing
+        return None
+
+    def dispatch(self, command: Command) -> asyncio.Future[list[Executed | None]]:
+        """Sends ``command`` to every rank, after all before it; the future gives their answers by rank.
+
+        The future fails with ServiceError: the request's own error where all ranks raised it alike, UNAVAILABLE when
+        the generation ended.
+        """
+        future: asyncio.Future[list[Executed | None]] = self._loop.create_future()
+        if self.ended.done():
+            future.set_exception(self._unavailable(self.ended.result()))
+            return future
+        dispatch = Dispatch(self.number, self._seq, command)
+        self._seq += 1
+        self._pending[dispatch.seq] = _Pending(command, self._loop.time(), future)
+        for channel in self._channels:
+            channel.send(dispatch)
+        return future
+
+    def end(self, ending: Ending, culprit: tuple[int, ServiceError] | None = None) -> None:
+        """Fails everything in flight, at once; ``culprit`` is the seq whose own error ended it. Idempotent."""
+        if self.ended.done():
+            return
+        self.ended.set_result(ending)
+        if self._suspicion is not None:
+            self._suspicion.cancel()
+        get_logger().warning("generation_broken", generation=self.number, reason=ending.reason, rank=ending.rank)
+        pending, self._pending = self._pending, {}
+        for seq, entry in pending.items():
+            own = culprit[1] if culprit is not None and culprit[0] == seq else self._unavailable(ending)
+            _fail(entry.future, own)
+        self.close()
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+        self._channels = []
+
+    # ---- what the channels bring (Listener)
+
+    def answered(self, rank: int, seq: int, answer: Answer) -> None:
+        if self.ended.done():
+            return
+        self._heard(rank)
+        pending = self._pending.get(seq)
+        if pending is None or rank in pending.answers:
+            self.end(Ending("protocol", f"rank {rank} answered command {seq}, which it does not owe", rank))
+            return
+        pending.answers[rank] = answer
+        if isinstance(answer, Failed):
+            if answer.collective:
+                self.suspect(Ending("collective", f"rank {rank}: {answer.message}", rank))
+                return
+            if len(pending.answers) < self._world_size:
+                patience = max(UNEVEN_GRACE, self._loop.time() - pending.sent)
+                self._loop.call_later(patience, self._check_uneven, seq)
+        if len(pending.answers) == self._world_size:
+            self._finish(seq, pending)
+
+    def broken(self, rank: int, reason: str) -> None:
+        self.suspect(Ending("broken", f"rank {rank}: {reason}", rank))
+
+    def disconnected(self, rank: int, reason: str) -> None:
+        self.end(Ending("rank_lost", f"rank {rank} was lost: {reason}", rank))
+
+    def suspect(self, symptom: Ending) -> None:
+        """Ends the generation for ``symptom`` unless a cause ends it first, within CAUSE_GRACE seconds."""
+        if self._suspicion is None and not self.ended.done():
+            self._suspicion = self._loop.call_later(CAUSE_GRACE, self.end, symptom)
+
+    # ---- matching
+
+    def _finish(self, seq: int, pending: _Pending) -> None:
+        failures = {rank: answer for rank, answer in pending.answers.items() if isinstance(answer, Failed)}
+        if failures and not self._alike(failures):
+            self._end_uneven(seq, failures)
+            return
+        del self._pending[seq]
+        self.last_completed = self._loop.time()
+        if failures:
+            first = failures[min(failures)]
+            _fail(pending.future, from_code(first.code, first.message))
+        elif not pending.future.done():
+            answers = [pending.answers[rank] for rank in range(self._world_size)]
+            pending.future.set_result([answer if isinstance(answer, Executed) else None for answer in answers])
+
+    def _alike(self, failures: dict[int, Failed]) -> bool:
+        return len(failures) == self._world_size and len({(f.code, f.kind) for f in failures.values()}) == 1
+
+    def _check_uneven(self, seq: int) -> None:
+        pending = self._pending.get(seq)
+        if pending is not None and not self.ended.done():
+            failures = {rank: answer for rank, answer in pending.answers.items() if isinstance(answer, Failed)}
+            self._end_uneven(seq, failures)
+
+    def _end_uneven(self, seq: int, failures: dict[int, Failed]) -> None:
+        rank = min(failures)
+        failure = failures[rank]
+        what = describe(self._pending[seq].command)
+        error = from_code(failure.code, f"rank {rank} failed alone: {failure.message}")
+        self.end(Ending("uneven", f"rank {rank} failed alone in the {what}: {failure.message}", rank), (seq, error))
+
+    def _unavailable(self, ending: Ending) -> Unavailable:
+        message = f"generation {self.number} has ended: {ending.reason}"
+        return Unavailable(message, retry_after_ms=RETRY_MS)
+
+
+def _fail(future: asyncio.Future[list[Executed | None]], error: ServiceError) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # whoever waited may have gone; that is no error of ours

@@ -1,0 +1,339 @@
+"""Loading, flipping, restoring and unloading models.
+
+A new version is loaded on every rank beside what serves, its digests are compared, and one ordered command activates
+it; then the catalog flips, the desired state is written, and the old version leaves after its last request. Every
+failure before the flip leaves what served before untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from coordinator.catalog import HELD, Catalog, Digests, ModelVersion, disagreement, held
+from coordinator.commands import Activate, Unload
+from coordinator.config import Config
+from coordinator.desired import DesiredState
+from coordinator.errors import FailedPrecondition, InvalidArgument, NotFound, ServiceError, Unavailable
+from coordinator.fleet import Fleet
+from coordinator.formation import gather
+from coordinator.generation import Generation
+from coordinator.logging import get_logger
+from coordinator.metrics import Metrics
+from coordinator.rank_loads import RankLoads
+from protos.tensor_parallel.v1 import coordinator_pb2 as pb
+from protos.tensor_parallel.v1 import shard_pb2
+
+PROGRESS_INTERVAL = 0.1  # seconds between messages of a load at most
+RESTORE_RETRY_FIRST, RESTORE_RETRY_MOST = 0.2, 10.0
+MAX_NAME = 256
+RESERVED = ("coordinator", "liveness", "readiness")
+
+
+class Loader:
+    def __init__(self, config: Config, catalog: Catalog, fleet: Fleet, desired: DesiredState, metrics: Metrics) -> None:
+        self._config = config
+        self._catalog = catalog
+        self._fleet = fleet
+        self._desired = desired
+        self._metrics = metrics
+        self._restoring: dict[str, asyncio.Task[None]] = {}
+        self._background: set[asyncio.Task[None]] = set()
+
+    # ---- a client's load
+
+    async def load(self, request: pb.LoadRequest) -> AsyncIterator[pb.LoadProgress]:
+        """Progress, the last message SERVING. Raises ServiceError. Closing the iterator cancels, but not the flip."""
+        entry = self._begin(request)
+        stages: asyncio.Queue[pb.LoadProgress | None] = asyncio.Queue()
+        report = _Report(entry, stages.put_nowait)
+        task = asyncio.create_task(self._load(entry, report))
+        task.add_done_callback(lambda _: stages.put_nowait(None))
+        try:
+            last = 0.0
+            while (message := await stages.get()) is not None:
+                now = asyncio.get_running_loop().time()
+                if stages.empty() or message.stage >= pb.LoadProgress.LOADED or now - last > PROGRESS_INTERVAL:
+                    last = now
+                    yield message
+            await task
+        finally:
+            if not report.committed:
+                task.cancel()
+            await asyncio.gather(asyncio.shield(task), return_exceptions=True)
+
+    def _begin(self, request: pb.LoadRequest) -> ModelVersion:
+        name = request.name
+        if not name or len(name) > MAX_NAME or not name.isprintable() or name in RESERVED:
+            raise InvalidArgument(f"{name!r} cannot be the name of a model")
+        if not request.path:
+            raise InvalidArgument("path is empty: it names what to load, within the daemons' model root")
+        if len(request.version) > MAX_NAME or not request.version.isprintable():
+            raise InvalidArgument("version must be short and printable")
+        self._fleet.ready()
+        if name in self._catalog.loading:
+            raise FailedPrecondition(f"model {self._catalog.loading[name].label} is being loaded; wait for it")
+        version = request.version or self._catalog.next_version(name)
+        if (name, version) in self._catalog.wanted():
+            raise FailedPrecondition(f"model {name}@{version} is there already; load it under another version")
+        options = pb.LoadOptions()
+        options.CopyFrom(request.options)
+        entry = ModelVersion(name, version, request.path, options)
+        self._catalog.note_version(name, version)
+        self._catalog.loading[name] = entry
+        return entry
+
+    async def _load(self, entry: ModelVersion, report: _Report) -> None:
+        log = get_logger(model=entry.label)
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        log.info("load_started", path=entry.path)
+        try:
+            loads = RankLoads(
+                self._fleet.ranks,
+                entry,
+                None,
+                self._lease(),
+                self._config.load_stall,
+                lambda: report.progress(loads),
+            )
+            loaded = await loads.run()
+            self._agree(entry, loaded, None)
+            report.stage(pb.LoadProgress.LOADED, loads)
+            if loads.warnings and entry.info is not None:
+                entry.info.warnings.extend(w for w in loads.warnings if w not in entry.info.warnings)
+            generation = await self._activate(entry, report)
+            await self._flip(entry, generation)
+            report.stage(pb.LoadProgress.SERVING, loads)
+        except BaseException as error:
+            self._discard(entry)
+            log.warning("load_failed", error=str(error) or type(error).__name__, seconds=loop.time() - started)
+            result = error.code.name if isinstance(error, ServiceError) else "CANCELLED"
+            self._metrics.load_seconds.labels(result).observe(loop.time() - started)
+            raise
+        finally:
+            self._catalog.loading.pop(entry.name, None)
+            self._fleet.changed.ring()
+        log.info("load_finished", seconds=loop.time() - started, warnings=loads.warnings)
+        self._metrics.load_seconds.labels("OK").observe(loop.time() - started)
+
+    def _agree(self, entry: ModelVersion, loaded: dict[int, shard_pb2.LoadedModel], expected: Digests | None) -> None:
+        difference = disagreement(sorted(loaded.items()), expected)
+        if difference:
+            raise FailedPrecondition(f"model {entry.label} cannot be served: {difference}")
+        entry.adopt([loaded[rank] for rank in sorted(loaded)], self._config)
+
+    async def _activate(self, entry: ModelVersion, report: _Report | None = None) -> Generation:
+        generation = self._fleet.ready()
+        if report is not None:
+            report.committed = True
+        await generation.dispatch(Activate(entry.name, entry.version))
+        return generation
+
+    async def _flip(self, entry: ModelVersion, generation: Generation) -> None:
+        previous = self._catalog.current.get(entry.name)
+        entry.live_in, entry.served = generation.number, True
+        self._catalog.current[entry.name] = entry
+        if previous is not None:
+            self._retire(previous)
+        self._stop_restoring(entry.name)
+        self._fleet.changed.ring()
+        await self.save()
+
+    async def save(self) -> None:
+        """Writes the desired state, off the event loop. Raises Unavailable when the disk refuses."""
+        models = list(self._catalog.current.values())
+        try:
+            await asyncio.to_thread(self._desired.save, models, self._config.world_size)
+        except OSError as error:
+            get_logger().error("state_not_saved", error=str(error))
+            raise Unavailable(f"the desired state could not be written: {error.strerror}") from None
+
+    # ---- leaving
+
+    async def unload(self, name: str) -> None:
+        """Forgets the model at once; its last requests finish, then the ranks free it. Raises NotFound."""
+        entry = self._catalog.current.pop(name, None)
+        if entry is None:
+            loading = self._catalog.loading.get(name)
+            if loading is not None:
+                raise FailedPrecondition(f"model {loading.label} is being loaded; cancel that first")
+            raise NotFound(f"there is no model {name!r}")
+        self._stop_restoring(name)
+        self._metrics.forget_model(name)
+        get_logger().info("unload", model=entry.label)
+        self._fleet.changed.ring()
+        await self.save()
+        await asyncio.shield(self._retire(entry))
+
+    def _retire(self, entry: ModelVersion) -> asyncio.Task[None]:
+        self._catalog.retiring.append(entry)
+        return self._spawn(self._leave(entry))
+
+    async def _leave(self, entry: ModelVersion) -> None:
+        """Unloads after the last request. A generation that ends takes these with it, and the next one unloads."""
+        try:
+            generation = self._fleet.generation
+            while entry.users and generation is not None and generation.alive:
+                await self._fleet.changed.wait(self._config.heartbeat)
+        finally:
+            self._catalog.retiring.remove(entry)
+        await self._free(entry.name, entry.version)
+
+    async def _free(self, name: str, version: str) -> None:
+        generation = self._fleet.generation
+        if generation is None or (name, version) in self._catalog.wanted():
+            return
+        try:
+            await generation.dispatch(Unload(name, version))
+        except ServiceError as error:
+            get_logger().info("unload_interrupted", model=f"{name}@{version}", error=error.message)
+
+    def _discard(self, entry: ModelVersion) -> None:
+        """Frees what a failed load left on ranks that had finished it."""
+        self._catalog.loading.pop(entry.name, None)
+        self._spawn(self._free(entry.name, entry.version))
+
+    # ---- coming back
+
+    def adopt(self, statuses: list[shard_pb2.StatusResponse]) -> None:
+        """Without a desired state: what is active on every rank is what was being served."""
+        for model in statuses[0].models:
+            everywhere = [held(status, model.name, model.version) for status in statuses]
+            if model.state != "ACTIVE" or any(copy is None for copy in everywhere):
+                continue
+            known = self._catalog.current.get(model.name)
+            if known is not None and _order(known.version) >= _order(model.version):
+                continue
+            options = pb.LoadOptions(batching=model.info.batching)
+            entry = ModelVersion(model.name, model.version, model.info.path, options, served=True)
+            self._catalog.current[model.name] = entry
+            self._catalog.note_version(model.name, model.version)
+            get_logger().info("model_adopted", model=entry.label)
+
+    def restore(self, generation: Generation, statuses: list[shard_pb2.StatusResponse]) -> None:
+        """In a new generation: loads what is wanted and missing, frees what is there and unwanted."""
+        strays = {(model.name, model.version) for status in statuses for model in status.models if model.state in HELD}
+        for name, version in strays - self._catalog.wanted():
+            self._spawn(self._free(name, version))
+        for entry in self._catalog.current.values():
+            if entry.live_in == generation.number:
+                entry.served = True
+            elif entry.name not in self._restoring:
+                self._start_restoring(entry)
+
+    def _start_restoring(self, entry: ModelVersion) -> None:
+        task = asyncio.create_task(self._restore(entry))
+        self._restoring[entry.name] = task
+        task.add_done_callback(lambda _: self._restoring.pop(entry.name, None))
+
+    def _stop_restoring(self, name: str) -> None:
+        task = self._restoring.pop(name, None)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+
+    async def _restore(self, entry: ModelVersion) -> None:
+        """Until the model is live, or waiting cannot help."""
+        pause = RESTORE_RETRY_FIRST
+        log = get_logger(model=entry.label)
+        while self._catalog.current.get(entry.name) is entry:
+            if self._fleet.generation is None:
+                await self._fleet.changed.wait(1.0)
+                continue
+            try:
+                await self._restore_once(entry)
+            except ServiceError as error:
+                if error.retry_after_ms is None and not isinstance(error, Unavailable):
+                    entry.failure = error.message
+                    log.error("restore_failed", error=error.message)
+                    self._fleet.changed.ring()
+                    return
+                log.warning("restore_delayed", error=error.message)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RESTORE_RETRY_MOST)
+                continue
+            log.info("model_restored", generation=entry.live_in)
+            self._fleet.changed.ring()
+            await self.save()
+            return
+
+    async def _restore_once(self, entry: ModelVersion) -> None:
+        statuses = await gather([rank.ask_status(self._lease()) for rank in self._fleet.ranks])
+        loaded = {
+            rank: model for rank, status in enumerate(statuses) if (model := held(status, entry.name, entry.version))
+        }
+        lacking = [rank for rank in self._fleet.ranks if rank.index not in loaded]
+        known = entry.digests
+        expected = known if loaded else None
+        if loaded and expected is None:
+            survivor = next(iter(loaded.values()))
+            expected = Digests(survivor.source_digest, survivor.plan_digest)
+        loads = RankLoads(lacking, entry, expected, self._lease(), self._config.load_stall, lambda: None)
+        try:
+            loaded |= await loads.run()
+        except FailedPrecondition as error:
+            raise FailedPrecondition(_explain(error, entry, bool(loaded))) from None
+        self._agree(entry, loaded, expected)
+        if known is not None and entry.digests is not None and known.source != entry.digests.source:
+            warning = "the checkpoint has changed on disk since this version was first loaded"
+            get_logger().warning("checkpoint_changed", model=entry.label, path=entry.path)
+            if entry.info is not None:
+                entry.info.warnings.append(warning)
+        generation = await self._activate(entry)
+        entry.failure, entry.live_in, entry.served = "", generation.number, True
+
+    # ---- small things
+
+    def _lease(self) -> shard_pb2.Lease:
+        return shard_pb2.Lease(owner=self._fleet.owner, duration_milliseconds=round(self._config.lease * 1e3))
+
+    def _spawn(self, job: object) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.ensure_future(job)  # type: ignore[call-overload]
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def stop(self) -> None:
+        tasks = [*self._restoring.values(), *self._background]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Report:
+    """Progress messages of one load."""
+
+    def __init__(self, entry: ModelVersion, send: Callable[[pb.LoadProgress], None]) -> None:
+        self._entry = entry
+        self._send = send
+        self.committed = False
+
+    def progress(self, loads: RankLoads) -> None:
+        reading = any(progress.bytes_done for progress in loads.progress.values())
+        self.stage(pb.LoadProgress.READING if reading else pb.LoadProgress.PLANNING, loads)
+
+    def stage(self, stage: pb.LoadProgress.Stage, loads: RankLoads) -> None:
+        message = pb.LoadProgress(
+            stage=stage,
+            name=self._entry.name,
+            version=self._entry.version,
+            ranks=[loads.progress[rank] for rank in sorted(loads.progress)],
+            warnings=loads.warnings,
+        )
+        if stage == pb.LoadProgress.SERVING and self._entry.info is not None:
+            message.model.CopyFrom(self._entry.info)
+            message.model.serving = True
+        self._send(message)
+
+
+def _order(version: str) -> tuple[int, str]:
+    return (int(version), "") if version.isdecimal() else (-1, version)
+
+
+def _explain(error: FailedPrecondition, entry: ModelVersion, survivors: bool) -> str:
+    if not survivors:
+        return error.message
+    return (
+        f"{error.message}. The surviving ranks still hold the weights that were loaded first; "
+        f"put the checkpoint at {entry.path!r} back as it was, or load it as a new version of {entry.name!r}"
+    )
