@@ -38,6 +38,10 @@ class CollectiveTimeout(CollectiveError):
     """A peer did not take part in the collective within the group's timeout."""
 
 
+class CollectiveMismatch(CollectiveError):
+    """The ranks called different collectives, or the same one with different shapes or dtypes."""
+
+
 class PeerLost(CollectiveError):
     """A peer died or closed its connection while the group needed it."""
 

@@ -24,6 +24,9 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 #define LINE 128 /* two cache lines: adjacent-line prefetch makes a single one shared */
@@ -208,86 +211,124 @@ static uint64_t signature(int operation, int detail, uint64_t bytes) {
 #define BLOCK 2048
 
 /* out may be one of the sources: every element is read before it is written, and no other. */
-#define DEFINE_SUM(NAME, T, WIDE, LOAD, STORE)                                                                          \
-    VECTORISED static void NAME(void *out_, const void *const *sources, int ranks, size_t count) {                      \
-        WIDE total[BLOCK];                                                                                              \
-        for (size_t at = 0; at < count; at += BLOCK) {                                                                  \
-            size_t n = count - at < BLOCK ? count - at : BLOCK;                                                         \
-            const T *a = (const T *)sources[0] + at, *b = (const T *)sources[1] + at;                                   \
-            T *out = (T *)out_ + at;                                                                                    \
-            if (ranks == 2) {                                                                                           \
-                _Pragma("GCC ivdep") for (size_t i = 0; i < n; i++) out[i] = STORE((WIDE)(LOAD(a[i]) + LOAD(b[i])));    \
-                continue;                                                                                               \
-            }                                                                                                           \
-            for (size_t i = 0; i < n; i++) total[i] = (WIDE)(LOAD(a[i]) + LOAD(b[i]));                                  \
-            for (int r = 2; r < ranks; r++) {                                                                           \
-                const T *c = (const T *)sources[r] + at;                                                                \
-                for (size_t i = 0; i < n; i++) total[i] = (WIDE)(total[i] + LOAD(c[i]));                                \
-            }                                                                                                           \
-            for (size_t i = 0; i < n; i++) out[i] = STORE(total[i]);                                                    \
-        }                                                                                                               \
+#define DEFINE_SUM(NAME, T)                                                                       \
+    VECTORISED static void NAME(void *out_, const void *const *sources, int ranks, size_t count) { \
+        T total[BLOCK];                                                                           \
+        for (size_t at = 0; at < count; at += BLOCK) {                                            \
+            size_t n = count - at < BLOCK ? count - at : BLOCK;                                   \
+            const T *a = (const T *)sources[0] + at, *b = (const T *)sources[1] + at;             \
+            for (size_t i = 0; i < n; i++) total[i] = (T)(a[i] + b[i]);                           \
+            for (int r = 2; r < ranks; r++) {                                                     \
+                const T *c = (const T *)sources[r] + at;                                          \
+                for (size_t i = 0; i < n; i++) total[i] = (T)(total[i] + c[i]);                   \
+            }                                                                                     \
+            memcpy((T *)out_ + at, total, n * sizeof(T));                                         \
+        }                                                                                         \
     }
 
-#define SAME(x) (x)
+/* 16-bit floats: widened block by block, summed in single precision, rounded once. The conversions are loops over integers, or
+ * over floats, never both, which any compiler turns into vector code. */
+#define DEFINE_SUM16(NAME, WIDEN, NARROW)                                                         \
+    VECTORISED static void NAME(void *out_, const void *const *sources, int ranks, size_t count) { \
+        union block total, next;                                                                  \
+        for (size_t at = 0; at < count; at += BLOCK) {                                            \
+            size_t n = count - at < BLOCK ? count - at : BLOCK;                                   \
+            WIDEN(&total, (const uint16_t *)sources[0] + at, n);                                  \
+            for (int r = 1; r < ranks; r++) {                                                     \
+                WIDEN(&next, (const uint16_t *)sources[r] + at, n);                               \
+                for (size_t i = 0; i < n; i++) total.f[i] += next.f[i];                           \
+            }                                                                                     \
+            NARROW((uint16_t *)out_ + at, &total, n);                                             \
+        }                                                                                         \
+    }
 
-static inline float from_bf16(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+union block {
+    float f[BLOCK];
+    uint32_t u[BLOCK];
+};
+
+static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+VECTORISED static void widen_bf16(union block *to, const uint16_t *from, size_t n) {
+    for (size_t i = 0; i < n; i++) to->u[i] = (uint32_t)from[i] << 16;
 }
 
-static inline uint16_t to_bf16(float value) { /* round to nearest even; a NaN stays one */
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16 | 0x40) : rounded);
+/* All ones where a < b, for values below 2^31: selecting by mask, a loop has no branch. Macros, since GCC does not inline a
+ * function into one that is compiled for another architecture. */
+#define BELOW(a, b) ((uint32_t)((int32_t)((a) - (b)) >> 31))
+#define CHOOSE(mask, yes, no) (((yes) & (mask)) | ((no) & ~(mask)))
+
+/* Round to nearest even; a NaN stays one. */
+VECTORISED static void narrow_bf16(uint16_t *to, const union block *from, size_t n) {
+    union block rounded;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t x = from->u[i], nan = BELOW(0x7f800000, x & 0x7fffffff);
+        rounded.u[i] = CHOOSE(nan, x | 0x400000, x + 0x7fff + (x >> 16 & 1));
+    }
+    for (size_t i = 0; i < n; i++) to[i] = (uint16_t)(rounded.u[i] >> 16);
 }
 
-/* Half precision by integer and float arithmetic that any compiler vectorises; exact for subnormals, infinities and NaN. */
-static inline float from_f16(uint16_t x) {
-    uint32_t sign = (uint32_t)(x & 0x8000) << 16, magnitude = (uint32_t)(x & 0x7fff) << 13;
-    float value, scale = 0x1p112f;
-    memcpy(&value, &magnitude, 4);
-    value *= scale;
-    memcpy(&magnitude, &value, 4);
-    magnitude |= (x & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
-    magnitude |= sign;
-    memcpy(&value, &magnitude, 4);
-    return value;
+/* 0x38800000 is 2^-14, the least normal half. Adding it to a subnormal's bits and subtracting it as a float normalises them. */
+VECTORISED static void widen_f16(union block *to, const uint16_t *from, size_t n) {
+    union block tiny;
+    for (size_t i = 0; i < n; i++) tiny.u[i] = ((uint32_t)(from[i] & 0x7fff) << 13) + 0x38800000;
+    for (size_t i = 0; i < n; i++) tiny.f[i] -= 0x1p-14f;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t x = from[i], magnitude = x & 0x7fff, bits = (magnitude << 13) + 0x38000000;
+        bits |= BELOW(0x7bff, magnitude) & 0x7f800000;
+        to->u[i] = CHOOSE(BELOW(magnitude, 0x400), tiny.u[i], bits) | (x & 0x8000) << 16;
+    }
 }
 
-static inline uint16_t to_f16(float value) { /* round to nearest even */
-    uint32_t bits, sign, normal, tiny;
-    memcpy(&bits, &value, 4);
-    sign = bits >> 16 & 0x8000;
-    bits &= 0x7fffffff;
-    normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13; /* carries into infinity by itself */
-    float magnitude, shifted;
-    memcpy(&magnitude, &bits, 4);
-    shifted = magnitude + 0.5f; /* the float adder rounds to the subnormal grid */
-    memcpy(&tiny, &shifted, 4);
-    tiny -= 0x3f000000;
-    uint32_t result = bits < 0x38800000 ? tiny : normal;
-    result = bits >= 0x47800000 ? 0x7c00 : result;
-    result = bits > 0x7f800000 ? 0x7e00 : result;
-    return (uint16_t)(sign | result);
+/* Round to nearest even. Adding 0.5 lets the float adder round to the grid of subnormal halves. */
+VECTORISED static void narrow_f16(uint16_t *to, const union block *from, size_t n) {
+    union block tiny;
+    for (size_t i = 0; i < n; i++) tiny.u[i] = from->u[i] & 0x7fffffff;
+    for (size_t i = 0; i < n; i++) tiny.f[i] += 0.5f;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t x = from->u[i] & 0x7fffffff, sign = from->u[i] >> 16 & 0x8000;
+        uint32_t half = (x - 0x38000000 + 0xfff + (x >> 13 & 1)) >> 13; /* carries into infinity by itself */
+        half = CHOOSE(BELOW(x, 0x38800000), tiny.u[i] - 0x3f000000, half);
+        half = CHOOSE(BELOW(x, 0x47800000), half, 0x7c00);
+        half = CHOOSE(BELOW(0x7f800000, x), 0x7e00, half);
+        to[i] = (uint16_t)(sign | half);
+    }
 }
 
-DEFINE_SUM(sum_u8, uint8_t, uint8_t, SAME, SAME)
-DEFINE_SUM(sum_u16, uint16_t, uint16_t, SAME, SAME)
-DEFINE_SUM(sum_u32, uint32_t, uint32_t, SAME, SAME)
-DEFINE_SUM(sum_u64, uint64_t, uint64_t, SAME, SAME)
-DEFINE_SUM(sum_f16, uint16_t, float, from_f16, to_f16)
-DEFINE_SUM(sum_bf16, uint16_t, float, from_bf16, to_bf16)
-DEFINE_SUM(sum_f32, float, float, SAME, SAME)
-DEFINE_SUM(sum_f64, double, double, SAME, SAME)
+#if defined(__x86_64__)
+/* Processors of the last decade convert half precision themselves. */
+__attribute__((target("avx,f16c"))) static void widen_f16c(union block *to, const uint16_t *from, size_t n) {
+    for (; n % 8; n--) to->f[n - 1] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(from[n - 1])));
+    for (size_t i = 0; i < n; i += 8) _mm256_storeu_ps(to->f + i, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(from + i))));
+}
+
+__attribute__((target("avx,f16c"))) static void narrow_f16c(uint16_t *to, const union block *from, size_t n) {
+    for (; n % 8; n--) to[n - 1] = (uint16_t)_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(from->f[n - 1]), 0));
+    for (size_t i = 0; i < n; i += 8) _mm_storeu_si128((void *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from->f + i), 0));
+}
+#endif
+
+DEFINE_SUM(sum_u8, uint8_t)
+DEFINE_SUM(sum_u16, uint16_t)
+DEFINE_SUM(sum_u32, uint32_t)
+DEFINE_SUM(sum_u64, uint64_t)
+DEFINE_SUM(sum_f32, float)
+DEFINE_SUM(sum_f64, double)
+DEFINE_SUM16(sum_f16_anywhere, widen_f16, narrow_f16)
+DEFINE_SUM16(sum_bf16, widen_bf16, narrow_bf16)
+
+#if defined(__x86_64__)
+DEFINE_SUM16(sum_f16_here, widen_f16c, narrow_f16c)
+static void sum_f16(void *out, const void *const *sources, int ranks, size_t count) {
+    (__builtin_cpu_supports("f16c") ? sum_f16_here : sum_f16_anywhere)(out, sources, ranks, count);
+}
+#else
+#define sum_f16 sum_f16_anywhere
+#endif
 
 typedef void (*sum_function)(void *, const void *const *, int, size_t);
 static const sum_function SUMS[] = {sum_u8, sum_u16, sum_u32, sum_u64, sum_f16, sum_bf16, sum_f32, sum_f64};
 static const size_t WIDTHS[] = {1, 2, 4, 8, 2, 2, 4, 8};
-
-static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 /* ---- collectives: 0, or status | rank << 8 ------------------------------------------------------------------------------ */
 

@@ -22,6 +22,7 @@ from tensor_parallel.backends.shm_library import DTYPE_CODES, MAX_RANKS, load_li
 from tensor_parallel.errors import (
     CollectiveAborted,
     CollectiveError,
+    CollectiveMismatch,
     CollectiveTimeout,
     ConfigError,
     PeerLost,
@@ -171,7 +172,7 @@ class ShmBackend:
         if kind == _PEER_LOST:
             raise PeerLost(f"{where}: rank {peer} is gone")
         if kind == _MISMATCH:
-            raise CollectiveError(f"{where}: rank {peer} is in another collective, or has another shape or dtype")
+            raise CollectiveMismatch(f"{where}: rank {peer} is in another collective, or has another shape or dtype")
         raise CollectiveError(f"{where}: unexpected status {status}")
 
 
