@@ -10,13 +10,12 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from coordinator import inference_codec, inference_models, inference_repository
-from coordinator.core import Core
 from coordinator.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -29,11 +28,15 @@ from coordinator.errors import (
     describe,
 )
 from coordinator.inference_stream import answer_in_order
+from coordinator.logging import bound
 from coordinator.rpc import REQUEST_ID, Call, call_of
 from coordinator.tracing import Tracing
 from coordinator.types import Buffer, InferResult
 from protos.inference import SERVICE_NAME, message, service
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
+
+if TYPE_CHECKING:
+    from coordinator.core import Core
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Unary = Callable[[Any, Call], Awaitable[Any]]
@@ -66,7 +69,8 @@ def _guarded(behave: Unary, request_class: Any) -> Callable[[bytes, Context], Aw
     async def handle(data: bytes, context: Context) -> bytes:
         call = call_of(context)
         try:
-            answer: bytes = (await behave(_parse(request_class, data), call)).SerializeToString()
+            with bound(request_id=call.request_id):
+                answer: bytes = (await behave(_parse(request_class, data), call)).SerializeToString()
         except Exception as error:
             await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
@@ -192,9 +196,9 @@ class InferenceService:
         reasons = {model.name: model.reason for model in self._core.health().models}
         return inference_models.index(self._core.models(), reasons, request.ready)
 
-    async def RepositoryModelLoad(self, request: Any, call: Call) -> Any:
+    async def RepositoryModelLoad(self, request: Any, _call: Call) -> Any:
         load = inference_repository.load_request(request)
-        async for _progress in self._core.load(load, call.request_id):
+        async for _progress in self._core.load(load):
             pass
         return _answer("RepositoryModelLoadResponse")
 

@@ -14,7 +14,6 @@ import grpc
 import numpy as np
 
 from coordinator import errors
-from coordinator.core import Core
 from coordinator.dtypes import DataType, from_inference_name
 from coordinator.inference_service import inference_handler
 from coordinator.types import InferResult, ModelStatistics, RegionRef, TensorValue, Timings
@@ -54,7 +53,7 @@ def standard_models():
     return models
 
 
-class FakeCore(Core):
+class FakeCore:
     """``hold`` is an event that requests wait for; ``failure``, when set, is what every forward raises."""
 
     def __init__(self, models=None):
@@ -139,7 +138,7 @@ class FakeCore(Core):
             self._map(region, array.nbytes)[:] = array.tobytes()
         return value
 
-    async def load(self, request, request_id=""):
+    async def load(self, request):
         self.seen.append(request)
         if request.name in self.unloaded:
             self.loaded[request.name] = self.unloaded.pop(request.name)
@@ -194,12 +193,15 @@ class FakeServer:
         self._handlers = handlers
         self._make_core = make_core
         self._ready = threading.Event()
+        self._failure = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self):
         self._thread.start()
         assert self._ready.wait(20)
+        if self._failure is not None:
+            raise self._failure
         return self
 
     def __exit__(self, *_):
@@ -215,8 +217,13 @@ class FakeServer:
 
     def _run(self):
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._start())
-        self._ready.set()
+        try:
+            self._loop.run_until_complete(self._start())
+        except BaseException as error:
+            self._failure = error
+            return
+        finally:
+            self._ready.set()
         with contextlib.suppress(asyncio.CancelledError):
             self._loop.run_forever()
         self._loop.close()
