@@ -1,0 +1,251 @@
+"""Loads, beside the executor: one at a time, on a thread of its own, with progress; cancelled when its caller leaves.
+
+A load that fails changes nothing: what is loaded stays, and keeps serving.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from protos.tensor_parallel.v1 import shard_pb2
+from shardd.errors import InvalidRequest, LoadCancelled, Verdict, WrongState, judge
+from shardd.logging import Logger
+from shardd.metrics import Metrics
+from shardd.models import Model, Models, Served, check_digests
+
+UPDATE_SECONDS = 0.1
+"""Progress is told at most this often."""
+
+Report = Callable[[str, int, int], None]
+"""``(stage, bytes_done, bytes_total)``."""
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What a reader made of a request: the model, what it wants said about it, and which outputs this rank sends."""
+
+    served: Served
+    description: shard_pb2.LoadedModel
+    outputs: dict[str, bool]
+    warnings: list[str]
+
+
+Read = Callable[[shard_pb2.ShardLoadRequest, Report, Callable[[], bool]], LoadedWeights]
+"""Plans and reads a model; ``shardd.reading`` does it with the library. Raises ``LoadCancelled`` when asked to stop."""
+
+
+class LoadFailed(Exception):
+    """A load ended in an error, already judged and logged."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.message)
+        self.verdict = verdict
+
+
+class Loader:
+    """Runs loads. Safe from any thread."""
+
+    def __init__(
+        self, models: Models, metrics: Metrics, read: Read, log: Logger, failed: Callable[[str], None]
+    ) -> None:
+        self._models = models
+        self._metrics = metrics
+        self._read = read
+        self._log = log
+        self._failed = failed
+        self._turn = threading.Lock()
+        self._lock = threading.Lock()
+        self._jobs: dict[tuple[str, str], list[_Job]] = {}
+
+    def load(
+        self, request: shard_pb2.ShardLoadRequest, gone: Callable[[Callable[[], None]], bool]
+    ) -> Iterator[shard_pb2.ShardLoadProgress]:
+        """Load as asked and tell how it goes; the last message carries the model. Returns at once what is loaded.
+
+        ``gone(f)`` arranges that ``f`` is called when the caller leaves. Raises :class:`LoadFailed`.
+        """
+        if not request.name or not request.version or not request.path:
+            raise InvalidRequest("a load needs a name, a version and a path")
+        job = _Job(request)
+        if not gone(job.cancel):
+            return
+        key = (request.name, request.version)
+        with self._lock:
+            self._jobs.setdefault(key, []).append(job)
+        self._models.begin_load(*key)
+        threading.Thread(target=self._run, args=(job,), name="load", daemon=True).start()
+        yield from job.updates()
+
+    def cancel(self, name: str, version: str) -> None:
+        """Stop a running load of this version, or forget the version if it was loaded and never active."""
+        with self._lock:
+            jobs = list(self._jobs.get((name, version), ()))
+        for job in jobs:
+            job.cancel()
+        for job in jobs:
+            job.finished.wait(UPDATE_SECONDS)
+        if self._models.discard(name, version):
+            gc.collect()
+            self._log.info("load_discarded", model=name, version=version)
+
+    def cancel_all(self) -> None:
+        """Stop every load: the daemon is shutting down."""
+        with self._lock:
+            jobs = [job for several in self._jobs.values() for job in several]
+        for job in jobs:
+            job.cancel()
+
+    def _run(self, job: _Job) -> None:
+        request = job.request
+        failure: Verdict | None = None
+        model: Model | None = None
+        fresh = False
+        try:
+            with self._turn:
+                model = self._existing(request)
+                if model is None:
+                    model = self._load(job)
+                    fresh = True
+                if job.cancelled():
+                    raise LoadCancelled("the load was cancelled")
+                check_digests(
+                    model.served,
+                    request.expected_source_digest,
+                    request.expected_plan_digest,
+                    request.expected_shard_digest,
+                    request.name,
+                )
+        except Exception as error:
+            failure = self._judge(request, error)
+        self._finish(job, model if fresh and failure is None else None)
+        if failure is not None:
+            model = None
+            gc.collect()  # tracebacks and half-read weights
+            job.fail(LoadFailed(failure))
+        elif model is not None:
+            job.succeed(model.describe())
+
+    def _finish(self, job: _Job, model: Model | None) -> None:
+        key = (job.request.name, job.request.version)
+        with self._lock:
+            jobs = self._jobs[key]
+            jobs.remove(job)
+            last = not jobs
+            if last:
+                del self._jobs[key]
+        self._models.end_load(*key, model, loading=not last)
+
+    def _existing(self, request: shard_pb2.ShardLoadRequest) -> Model | None:
+        """The version, if it is here already. Raises :class:`WrongState` if it was loaded from something else."""
+        model = self._models.get(request.name, request.version)
+        if model is not None and model.fingerprint != fingerprint(request):
+            raise WrongState(
+                f"model {request.name!r} version {request.version!r} is loaded from another path or with "
+                "other options; load it under a new version"
+            )
+        return model
+
+    def _load(self, job: _Job) -> Model:
+        request = job.request
+        self._log.info("load_started", model=request.name, version=request.version, path=request.path)
+        start = time.perf_counter()
+        weights = self._read(request, job.report, job.cancelled)
+        served = weights.served
+        seconds = time.perf_counter() - start
+        self._log.info(
+            "load_finished",
+            model=request.name,
+            version=request.version,
+            seconds=round(seconds, 3),
+            bytes_held=served.bytes_held,
+            bytes_per_second=int(served.bytes_held / max(seconds, 1e-9)),
+            warnings=weights.warnings,
+        )
+        self._metrics.loaded(served.bytes_held)
+        job.warnings = weights.warnings
+        return Model(
+            name=request.name,
+            version=request.version,
+            fingerprint=fingerprint(request),
+            served=served,
+            outputs=weights.outputs,
+            description=weights.description,
+            metrics=self._metrics.model(request.name),
+        )
+
+    def _judge(self, request: shard_pb2.ShardLoadRequest, error: Exception) -> Verdict:
+        verdict = judge(error)
+        message = f"model {request.name!r}: {verdict.message}"
+        self._log.warning(
+            "load_failed",
+            model=request.name,
+            version=request.version,
+            code=verdict.code.name,
+            error=verdict.message,
+            exc_info=verdict.ours,
+        )
+        self._failed(message)
+        error.__traceback__ = None  # it holds the frames, and they the weights
+        return verdict
+
+
+class _Job:
+    """One load: its latest progress, whether to stop, and how it ended."""
+
+    def __init__(self, request: shard_pb2.ShardLoadRequest) -> None:
+        self.request = request
+        self.warnings: list[str] = []
+        self.finished = threading.Event()
+        self._changed = threading.Condition()
+        self._progress = shard_pb2.ShardLoadProgress(stage="planning")
+        self._told: shard_pb2.ShardLoadProgress | None = None
+        self._error: LoadFailed | None = None
+        self._cancel = threading.Event()
+
+    def cancel(self) -> None:
+        self._cancel.set()
+
+    def cancelled(self) -> bool:
+        return self._cancel.is_set()
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        with self._changed:
+            self._progress = shard_pb2.ShardLoadProgress(stage=stage, bytes_done=done, bytes_total=total)
+            self._changed.notify()
+
+    def succeed(self, model: shard_pb2.LoadedModel) -> None:
+        size = model.bytes_held
+        with self._changed:
+            self._progress = shard_pb2.ShardLoadProgress(
+                stage="loaded", bytes_done=size, bytes_total=size, model=model, warnings=self.warnings
+            )
+            self.finished.set()
+            self._changed.notify()
+
+    def fail(self, error: LoadFailed) -> None:
+        with self._changed:
+            self._error = error
+            self.finished.set()
+            self._changed.notify()
+
+    def updates(self) -> Iterator[shard_pb2.ShardLoadProgress]:
+        """Progress as it changes, to the end. Raises what the load ended with."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self.finished.is_set() or self._progress is not self._told)
+                if self._error is not None:
+                    raise self._error
+                self._told = progress = self._progress
+            yield progress
+            if progress.stage == "loaded":
+                return
+            self.finished.wait(UPDATE_SECONDS)
+
+
+def fingerprint(request: shard_pb2.ShardLoadRequest) -> bytes:
+    """What decides what a load makes: the path and the options."""
+    return request.path.encode() + b"\0" + request.options.SerializeToString(deterministic=True)

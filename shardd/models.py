@@ -1,0 +1,204 @@
+"""The models that this daemon holds, by (name, version), and the state of each: LOADING, LOADED or ACTIVE.
+
+Weights stay through every generation until they are unloaded. Only an ACTIVE version can be executed: it becomes so by
+an Activate command, in order with everything else, or by being named in a Join.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from protos.tensor_parallel.v1 import shard_pb2
+from shardd.errors import InvalidRequest, UnknownModel, WrongState
+
+if TYPE_CHECKING:
+    import torch
+
+    from shardd.metrics import ModelMetrics
+
+Key = tuple[str, str]
+
+
+class State(StrEnum):
+    LOADING = "LOADING"
+    LOADED = "LOADED"
+    ACTIVE = "ACTIVE"
+
+
+class Served(Protocol):
+    """What the executor needs of a loaded model: ``tensor_parallel.serving.ServedModel`` has it."""
+
+    @property
+    def source_digest(self) -> str: ...
+    @property
+    def plan_digest(self) -> str: ...
+    @property
+    def shard_digest(self) -> str: ...
+    @property
+    def bytes_held(self) -> int: ...
+
+    def validate(self, inputs: Mapping[str, torch.Tensor]) -> Any: ...
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+
+
+@dataclass
+class Model:
+    """One loaded version. ``outputs`` maps every output's name to whether this rank sends its (part of) it."""
+
+    name: str
+    version: str
+    fingerprint: bytes
+    served: Served
+    outputs: Mapping[str, bool]
+    description: shard_pb2.LoadedModel
+    metrics: ModelMetrics
+    state: State = State.LOADED
+    all_sent: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.all_sent = [name for name, sent in self.outputs.items() if sent]
+
+    def sent(self, wanted: Sequence[str]) -> list[str]:
+        """Which outputs this rank sends when the caller wants ``wanted`` (none: all of them)."""
+        if not wanted:
+            return self.all_sent
+        unknown = [name for name in wanted if name not in self.outputs]
+        if unknown:
+            raise InvalidRequest(
+                f"model {self.name!r} has no output {', '.join(map(repr, unknown))}; "
+                f"its outputs are {', '.join(map(repr, self.outputs))}"
+            )
+        return [name for name in dict.fromkeys(wanted) if self.outputs[name]]
+
+    def describe(self) -> shard_pb2.LoadedModel:
+        message = shard_pb2.LoadedModel()
+        message.CopyFrom(self.description)
+        message.state = self.state.value
+        return message
+
+
+class Models:
+    """The registry. Safe from any thread; no call waits. ``forgotten(name)``: the last version of a name has gone."""
+
+    def __init__(self, forgotten: Callable[[str], None] = lambda name: None) -> None:
+        self._forgotten = forgotten
+        self._lock = threading.Lock()
+        self._models: dict[Key, Model] = {}
+        self._loading: set[Key] = set()
+        self.loads = 0
+
+    def active(self, name: str, version: str) -> Model:
+        """The version to execute. Raises :class:`UnknownModel` or :class:`WrongState`."""
+        model = self._models.get((name, version))
+        if model is None:
+            raise self._absent(name, version)
+        if model.state is not State.ACTIVE:
+            raise WrongState(f"model {name!r} version {version!r} is loaded but not active")
+        return model
+
+    def get(self, name: str, version: str) -> Model | None:
+        with self._lock:
+            return self._models.get((name, version))
+
+    def begin_load(self, name: str, version: str) -> None:
+        """Show the version as LOADING."""
+        with self._lock:
+            self._loading.add((name, version))
+
+    def end_load(self, name: str, version: str, model: Model | None, *, loading: bool) -> None:
+        """A load has ended: with ``model``, or without. ``loading``: another one of the same version goes on."""
+        with self._lock:
+            if not loading:
+                self._loading.discard((name, version))
+            if model is not None:
+                self._models[name, version] = model
+                self.loads += 1
+
+    def activate(self, name: str, version: str) -> None:
+        """Make a loaded version executable; other versions of the name stay as they are."""
+        with self._lock:
+            model = self._models.get((name, version))
+            if model is None:
+                raise self._absent(name, version)
+            model.state = State.ACTIVE
+
+    def unload(self, name: str, version: str) -> None:
+        """Forget a version, or with an empty ``version`` all of the name's; its memory is freed by the last user."""
+        with self._lock:
+            gone = [key for key in self._models if key[0] == name and version in ("", key[1])]
+            if not gone:
+                raise self._absent(name, version)
+            for key in gone:
+                del self._models[key]
+            self._forget(name)
+
+    def discard(self, name: str, version: str) -> bool:
+        """Forget a version that was never active: its load failed on another rank. Returns whether there was one."""
+        with self._lock:
+            model = self._models.get((name, version))
+            if model is None or model.state is State.ACTIVE:
+                return False
+            del self._models[name, version]
+            self._forget(name)
+        return True
+
+    def join(self, wanted: Iterable[shard_pb2.JoinModel]) -> None:
+        """Make exactly ``wanted`` executable. Raises :class:`WrongState` naming the first that is absent or differs."""
+        with self._lock:
+            active = [self._agreeing(model) for model in wanted]
+            for model in self._models.values():
+                model.state = State.LOADED
+            for model in active:
+                model.state = State.ACTIVE
+
+    def _agreeing(self, wanted: shard_pb2.JoinModel) -> Model:
+        model = self._models.get((wanted.name, wanted.version))
+        if model is None:
+            raise WrongState(f"model {wanted.name!r} version {wanted.version!r} is not loaded here")
+        check_digests(model.served, wanted.source_digest, wanted.plan_digest, wanted.shard_digest, wanted.name)
+        return model
+
+    def describe(self) -> list[shard_pb2.LoadedModel]:
+        """Every version, those being loaded included, for the status."""
+        with self._lock:
+            held = [model.describe() for model in self._models.values()]
+            coming = [key for key in self._loading if key not in self._models]
+        for name, version in coming:
+            held.append(shard_pb2.LoadedModel(name=name, version=version, state=State.LOADING.value))
+        return held
+
+    def bytes_held(self) -> int:
+        with self._lock:
+            return sum(model.served.bytes_held for model in self._models.values())
+
+    def served(self) -> list[Served]:
+        with self._lock:
+            return [model.served for model in self._models.values()]
+
+    def _forget(self, name: str) -> None:
+        if not any(key[0] == name for key in self._models):
+            self._forgotten(name)
+
+    def _absent(self, name: str, version: str) -> UnknownModel | WrongState:
+        if (name, version) in self._loading:
+            return WrongState(f"model {name!r} version {version!r} is still being loaded")
+        return UnknownModel(f"model {name!r} version {version!r} is not loaded")
+
+
+def check_digests(served: Served, source: str, plan: str, shard: str, name: str) -> None:
+    """Raise :class:`WrongState`, explaining, if ``served`` differs from what its peers or its predecessor hold."""
+    pairs = (
+        ("the checkpoint", served.source_digest, source),
+        ("the sharding plan", served.plan_digest, plan),
+        ("this rank's weights", served.shard_digest, shard),
+    )
+    for what, have, expected in pairs:
+        if expected and have != expected:
+            raise WrongState(
+                f"model {name!r}: {what} changed: {have} is held here, but {expected} is what the other ranks go with. "
+                "Load the model again on all ranks to serve what is on disk now"
+            )

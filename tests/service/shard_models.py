@@ -1,0 +1,53 @@
+"""Model factories for daemons under test; some misbehave when an input says so. Allowed with ``--allow-factory``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import torch
+from torch import nn
+
+RAISE, MEMORY, SLEEP, MEMORY_ONE, RAISE_ONE, DIE_ONE = 1.0, 2.0, 3.0, 4.0, 5.0, 6.0
+"""What ``x[0, 0]`` asks a ``Moody`` for: on every rank, or (ONE) on rank 1 alone."""
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int = 16, hidden: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+class Moody(Mlp):
+    """An Mlp that fails in the middle, after its first layer, when ``x[0, 0]`` asks for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.up(x))
+        misbehave(float(x[0, 0]))
+        return self.down(hidden)
+
+
+def misbehave(mood: float) -> None:
+    first = sys.argv[sys.argv.index("--rank") + 1] == "0"
+    if mood == RAISE or (mood == RAISE_ONE and not first):
+        raise ValueError("the model is in a bad mood")
+    if mood == MEMORY or (mood == MEMORY_ONE and not first):
+        raise torch.OutOfMemoryError("tried to allocate more than there is")
+    if mood == SLEEP:
+        time.sleep(30.0)
+    if mood == DIE_ONE and not first:
+        os.kill(os.getpid(), 9)
+
+
+def mlp(**options: int) -> nn.Module:
+    return Mlp(**options)
+
+
+def moody() -> nn.Module:
+    return Moody()
