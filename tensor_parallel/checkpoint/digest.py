@@ -18,11 +18,13 @@ _HASHED_AT_ONCE = 64 << 20
 
 
 def source_digest(described: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> str:
-    """Digest of a checkpoint that costs about a megabyte of reading a file, whatever its size: hexadecimal, 32 characters.
+    """Digest of a checkpoint that costs about a megabyte of reading a file, whatever its size: hexadecimal, 32
+    characters.
 
-    Covers ``described`` (config and options), every tensor's name, dtype, shape and place, and 256 samples of 4 KiB spread
-    over each file. Two checkpoints of one architecture, such as a model and its fine-tuned successor, thus differ although
-    their headers are equal. Edits that touch no sample pass unseen here and are caught by :func:`content_digest`.
+    Covers ``described`` (config and options), every tensor's name, dtype, shape and place, and 256 samples of 4 KiB
+    spread over each file. Two checkpoints of one architecture, such as a model and its fine-tuned successor, thus
+    differ although their headers are equal. Edits that touch no sample pass unseen here and are caught by
+    :func:`content_digest`.
     """
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     files: dict[str, StoredFile] = {}
@@ -42,9 +44,11 @@ def source_digest(described: Mapping[str, Any], tensors: Iterable[StoredTensor])
 def content_digest(tensor: Tensor) -> str:
     """XXH3 of a tensor's bytes in row-major order. Releases the GIL; a tensor on a GPU is fetched a part at a time."""
     digest = xxhash.xxh3_128()
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    flat = (
+        tensor.detach().contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    )
     for start in range(0, flat.numel(), _HASHED_AT_ONCE):
-        digest.update(memoryview(flat[start : start + _HASHED_AT_ONCE].cpu().numpy()))
+        digest.update(flat[start : start + _HASHED_AT_ONCE].cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -1,9 +1,9 @@
 """A tensor as an expression over stored tensors, of which any box can be read without reading the rest.
 
-Model code rarely wants what is stored: experts are stored one by one and used stacked, fused weights are stored whole and used
-in parts. Each node below knows how to turn "this box of me, into that memory" into :class:`Transfer` jobs, each a strided
-region of one file; the sum of their sizes is the size of the box. Only :class:`Computed`, for an operation that is not
-data movement, reads its sources whole, when its turn comes and for that tensor alone.
+Model code rarely wants what is stored: experts are stored one by one and used stacked, fused weights are stored
+whole and used in parts. Each node below knows how to turn "this box of me, into that memory" into :class:`Transfer`
+jobs, each a strided region of one file; the sum of their sizes is the size of the box. Only :class:`Computed`, for
+an operation that is not data movement, reads its sources whole, when its turn comes and for that tensor alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def whole(shape: Sequence[int]) -> Box:
 class Transfer:
     """Copy a strided region of a stored tensor into ``out`` (any strides, device or dtype).
 
-    ``region`` is a tensor on the meta device: its shape, strides and offset, in elements of the stored tensor, say which.
+    ``region`` is a tensor on the meta device: its shape, strides and offset, in elements of the stored tensor, say
+    which.
     """
 
     source: StoredTensor
@@ -190,7 +191,9 @@ class Merged(Node):
 
 
 class Cast(Node):
-    """Another value in another dtype. The copy into the destination converts, so nothing else is done unless casts are nested."""
+    """Another value in another dtype. The copy into the destination converts, so nothing else is done unless casts
+    are nested.
+    """
 
     def __init__(self, child: Node, dtype: torch.dtype) -> None:
         self.child, self.dtype, self.shape = child, dtype, child.shape
@@ -208,7 +211,9 @@ class Cast(Node):
 class Computed(Node):
     """``function`` of other values, each given whole: anything that is not data movement."""
 
-    def __init__(self, function: Callable[..., Any], children: Sequence[Node], shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, function: Callable[..., Any], children: Sequence[Node], shape: Sequence[int], dtype: torch.dtype
+    ) -> None:
         self.function, self.children, self.dtype = function, tuple(children), dtype
         self.shape = torch.Size(shape)
 
@@ -222,7 +227,9 @@ class Computed(Node):
 
 
 def _reshaped(node: Node, shape: tuple[int, ...]) -> Node:
-    """``node`` in another shape: by merging one group of neighbouring dimensions where that is what it is, else computed."""
+    """``node`` in another shape: by merging one group of neighbouring dimensions where that is what it is, else
+    computed.
+    """
     old = tuple(node.shape)
     for first in range(len(old)):
         last = first + len(old) - len(shape)

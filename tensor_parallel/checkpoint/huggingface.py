@@ -28,7 +28,9 @@ class HuggingFaceSource(Source):
         try:
             from tensor_parallel.checkpoint import huggingface_model
         except ImportError:
-            raise CheckpointError("Hugging Face directories need the package transformers, which is not installed") from None
+            raise CheckpointError(
+                "Hugging Face directories need the package transformers, which is not installed"
+            ) from None
         self._library = huggingface_model
         self._described = read_config(path)
         self._stored = read_tensors(path)

@@ -1,4 +1,6 @@
-"""The files of a Hugging Face directory: its config, and its tensors in one safetensors file or several with an index."""
+"""The files of a Hugging Face directory: its config, and its tensors in one safetensors file or several with an
+index.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ _MAX_CONFIG_BYTES, _MAX_INDEX_BYTES = 16 << 20, 256 << 20
 
 # Keys of a config that choose code rather than numbers: kernels fetched from a hub, or classes from the directory.
 _CODE_KEYS = frozenset({
-    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
-    "_experts_implementation", "_experts_implementation_internal", "fusion_config", "kernel_config", "distributed_config",
-    "transformers_weights", "name_or_path", "_name_or_path", "use_kernels",
+    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "fusion_config",
+    "kernel_config", "distributed_config", "transformers_weights", "name_or_path", "_name_or_path", "use_kernels",
 })  # fmt: skip
 
 
@@ -28,14 +30,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{CONFIG} has no model_type")
     if config.get("quantization_config"):
-        raise CheckpointError(f"{CONFIG} describes a quantised checkpoint (quantization_config), which is not supported yet")
+        raise CheckpointError(
+            f"{CONFIG} describes a quantised checkpoint (quantization_config), which is not supported yet"
+        )
     cleaned = _without_code(config)
     assert isinstance(cleaned, dict)
     return cleaned
 
 
 def read_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the directory by its stored name. Raises :class:`CheckpointError` naming what is missing or wrong."""
+    """Every tensor of the directory by its stored name. Raises :class:`CheckpointError` naming what is missing or
+    wrong.
+    """
     if (directory / SINGLE).exists() or (directory / SINGLE).is_symlink():
         return read_header(StoredFile(directory / SINGLE, directory))
     if not (directory / INDEX).exists():

@@ -18,10 +18,11 @@ DEFAULTS = {"attention_mask": ("input_ids", 1), "token_type_ids": ("input_ids", 
 
 
 def infer_inputs(model: Any) -> dict[str, Tensor]:
-    """Inputs by argument name: the model's main one and those it is normally called with (masks, segment ids, decoder ids).
+    """Inputs by argument name: the model's main one and those it is normally called with (masks, segment ids,
+    decoder ids).
 
-    Raises :class:`InvalidInput` if the model takes something of which neither its name nor its config tells the shape: the
-    inputs then have to be given.
+    Raises :class:`InvalidInput` if the model takes something of which neither its name nor its config tells the
+    shape: the inputs then have to be given.
     """
     accepted = inspect.signature(model.forward).parameters
     config, text = model.config, model.config.get_text_config()
@@ -52,7 +53,9 @@ def _wanted(model: Any, accepted: Any, config: Any) -> list[str]:
     if main in ("input_values", "input_features"):
         names.append(main)
     if main not in names:
-        raise InvalidInput(f"the inputs of {type(model).__name__} (main input {main}) cannot be inferred: give them in option inputs")
+        raise InvalidInput(
+            f"the inputs of {type(model).__name__} (main input {main}) cannot be inferred: give them in option inputs"
+        )
     if getattr(config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
     return names
@@ -84,6 +87,8 @@ def _feature_shape(config: Any) -> tuple[int, ...]:
     bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
     if hasattr(config, "input_feat_per_channel"):
         return (BATCH, 4 * LENGTH, bins)
-    if hasattr(config, "max_source_positions"):  # the encoder's convolutions halve the length, which must then match its table
+    if hasattr(
+        config, "max_source_positions"
+    ):  # the encoder's convolutions halve the length, which must then match its table
         return (BATCH, bins, 2 * config.max_source_positions)
     return (BATCH, 4 * LENGTH, bins)

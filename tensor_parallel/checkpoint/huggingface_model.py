@@ -1,9 +1,10 @@
 """From stored names to a model's weights, by the very code ``transformers`` loads checkpoints with.
 
-``transformers`` knows renamed layers, prefixes of base models, weights stored per expert and used stacked, tied weights, keys
-to ignore and modules kept in float32. All of it is code that handles tensors; it is run here on tensors that hold expressions
-instead of data (:mod:`tensor_parallel.checkpoint.lazy`), so its result is exactly what ``from_pretrained`` would load, and no
-byte has been read. This is the only module that touches the inside of ``transformers``.
+``transformers`` knows renamed layers, prefixes of base models, weights stored per expert and used stacked, tied
+weights, keys to ignore and modules kept in float32. All of it is code that handles tensors; it is run here on
+tensors that hold expressions instead of data (:mod:`tensor_parallel.checkpoint.lazy`), so its result is exactly
+what ``from_pretrained`` would load, and no byte has been read. This is the only module that touches the inside of
+``transformers``.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def make_config(described: Mapping[str, Any], options: SourceOptions) -> Any:
 
 
 def model_class(described: Mapping[str, Any], config: Any, options: SourceOptions) -> Any:
-    """The class to build: the one asked for, else the auto class of the task asked for, else the one ``architectures`` names."""
+    """The class to build: the one asked for, else the auto class of the task asked for, else the one
+    ``architectures`` names.
+    """
     import transformers
 
     named = described.get("architectures")
@@ -90,7 +93,9 @@ def model_class(described: Mapping[str, Any], config: Any, options: SourceOption
         return found[0] if isinstance(found, list | tuple) else found
     found = getattr(transformers, wanted, None) if isinstance(wanted, str) and re.fullmatch(r"\w+", wanted) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise CheckpointError(f"config.json: {wanted!r} is not a model class of the installed transformers; custom code is never run")
+        raise CheckpointError(
+            f"config.json: {wanted!r} is not a model class of the installed transformers; custom code is never run"
+        )
     return found
 
 
@@ -114,7 +119,10 @@ def resolve(build: Any, config: Any, stored: Mapping[str, StoredTensor], dtype: 
 
     model = _empty_model(build, config, dtype)
     load = LoadStateDictConfig(
-        device_map={"": "cpu"}, dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=get_model_conversion_mapping(model)
+        device_map={"": "cpu"},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
     )
     lazy = {name: LazyTensor.stored(tensor) for name, tensor in stored.items()}
     with _quiet():
@@ -127,7 +135,9 @@ def resolve(build: Any, config: Any, stored: Mapping[str, StoredTensor], dtype: 
         raise CheckpointError(f"missing from the checkpoint: {_listed(info.missing_keys)}")
     _compute_the_rest(model, absent)
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    values: dict[int, Tensor] = {id(value): _value(value) for _, value in named}  # one object per distinct tensor: ties stay visible
+    values: dict[int, Tensor] = {
+        id(value): _value(value) for _, value in named
+    }  # one object per distinct tensor: ties stay visible
     return Resolved(model, {name: values[id(value)] for name, value in named}, tuple(sorted(info.unexpected_keys)))
 
 
@@ -145,7 +155,9 @@ def _empty_model(build: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def _compute_the_rest(model: Any, absent: set[str]) -> None:
-    """Give a value to what is in no checkpoint by design: non-persistent buffers, and weights the model lists as optional."""
+    """Give a value to what is in no checkpoint by design: non-persistent buffers, and weights the model lists as
+    optional.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # should any of it be random, it must be alike on every rank
         model._move_missing_keys_from_meta_to_device(absent, {"": "cpu"}, None, None)
@@ -158,7 +170,9 @@ def _value(tensor: Tensor) -> Tensor:
 
 def _refuse_wrong(info: Any) -> None:
     if info.mismatched_keys:
-        shown = [f"{name} is {tuple(got)}, the model needs {tuple(want)}" for name, got, want in sorted(info.mismatched_keys)]
+        shown = [
+            f"{name} is {tuple(got)}, the model needs {tuple(want)}" for name, got, want in sorted(info.mismatched_keys)
+        ]
         raise CheckpointError(f"wrong shape: {_listed(shown)}")
     if info.conversion_errors:
         name, text = sorted(info.conversion_errors.items())[0]

@@ -1,9 +1,9 @@
 """A ``torch.Tensor`` that holds an expression instead of data.
 
-``transformers`` describes how a stored checkpoint becomes a model's weights in code (which names, in what order, stacked and
-cut how). Run on these tensors, that very code yields expressions, so that every conversion it knows, and those to come, is
-done slice by slice without a copy of its rules here. Values are immutable and, whatever torch would say of their strides,
-contiguous.
+``transformers`` describes how a stored checkpoint becomes a model's weights in code (which names, in what order,
+stacked and cut how). Run on these tensors, that very code yields expressions, so that every conversion it knows,
+and those to come, is done slice by slice without a copy of its rules here. Values are immutable and, whatever torch
+would say of their strides, contiguous.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class LazyTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, node: Node) -> LazyTensor:
-        made: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, node.shape, dtype=node.dtype, device="cpu")
+        made: LazyTensor = torch.Tensor._make_wrapper_subclass(
+            cls, node.shape, dtype=node.dtype, device=torch.device("cpu")
+        )
         made.node = node
         return made
 
@@ -41,7 +43,7 @@ class LazyTensor(torch.Tensor):
         return f"LazyTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         rule = _RULES.get(func)
@@ -83,7 +85,9 @@ def _narrow(tensor: LazyTensor, dim: int, start: int, length: int) -> LazyTensor
     return LazyTensor(tensor.node.narrow(dim % tensor.ndim, start, length))
 
 
-def _slice(tensor: LazyTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> LazyTensor:
+def _slice(
+    tensor: LazyTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> LazyTensor:
     if step != 1:
         return _computed(aten.slice.Tensor, (tensor, dim, start, end, step), {})  # type: ignore[no-any-return]
     first, last, _ = slice(start, end).indices(tensor.shape[dim])
@@ -111,7 +115,9 @@ def _unbind(tensor: LazyTensor, dim: int = 0) -> list[LazyTensor]:
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> LazyTensor:
-    meta = torch.cat([torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors], dim)  # checks, and promotes dtypes
+    meta = torch.cat(
+        [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors], dim
+    )  # checks, and promotes dtypes
     parts = [_node(t).cast(meta.dtype) for t in tensors if t.shape != (0,)]
     return LazyTensor(Concatenated(parts, dim % meta.ndim))
 
@@ -131,7 +137,12 @@ def _equal(left: Tensor, right: Tensor) -> bool:
         return False
     a, b = _node(left), _node(right)
     leaves = [list(a.leaves()), list(b.leaves())]
-    if isinstance(a, View) and isinstance(b, View) and leaves[0] == leaves[1] and a.region.stride() == b.region.stride():
+    if (
+        isinstance(a, View)
+        and isinstance(b, View)
+        and leaves[0] == leaves[1]
+        and a.region.stride() == b.region.stride()
+    ):
         return a.region.storage_offset() == b.region.storage_offset()
     rows = a.shape[0] if a.shape else 1
     step = max(1, rows * _COMPARED_AT_ONCE // max(1, a.shape.numel()))

@@ -1,4 +1,6 @@
-"""Reading everything one rank holds: only its slices, by several threads, in the order of the files, straight into place."""
+"""Reading everything one rank holds: only its slices, by several threads, in the order of the files, straight into
+place.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a rank holds: its part of each tensor by name (tied names share one), its size, and a digest of its content."""
+    """What a rank holds: its part of each tensor by name (tied names share one), its size, and a digest of its
+    content.
+    """
 
     tensors: dict[str, Tensor]
     nbytes: int
@@ -65,10 +69,11 @@ def load_shards(
 ) -> Loaded:
     """Read this rank's part of every tensor in ``shards`` onto ``device``.
 
-    Memory beyond the result: one staging buffer of 8 MiB per thread, or, for a tensor that has to be computed from stored ones,
-    those. ``progress(bytes_done, bytes_total)`` is called from this thread, of bytes held. ``threads`` defaults to the number of
-    cores, from 2 to 4. Raises :class:`CheckpointError` naming a tensor that cannot be read, :class:`LoadCancelled`, and
-    :class:`DoesNotFit` when memory does not suffice; in each case everything read is freed.
+    Memory beyond the result: one staging buffer of 8 MiB per thread, or, for a tensor that has to be computed from
+    stored ones, those. ``progress(bytes_done, bytes_total)`` is called from this thread, of bytes held. ``threads``
+    defaults to the number of cores, from 2 to 4. Raises :class:`CheckpointError` naming a tensor that cannot be
+    read, :class:`LoadCancelled`, and :class:`DoesNotFit` when memory does not suffice; in each case everything read
+    is freed.
     """
     threads = threads or max(2, min(4, os.cpu_count() or 2))
     held = _allocate(source, shards, rank, device)
@@ -180,7 +185,9 @@ class _Pool:
 
     def hash(self, held: Iterable[_Held]) -> None:
         """Wait for what the workers have not hashed on the way: tensors that needed no reading."""
-        for one, content in [(one, self._executor.submit(content_digest, one.tensor)) for one in held if not one.content]:
+        for one, content in [
+            (one, self._executor.submit(content_digest, one.tensor)) for one in held if not one.content
+        ]:
             one.content = content.result()
 
     def _perform(self, work: _Work) -> None:

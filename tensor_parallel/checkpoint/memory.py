@@ -15,8 +15,9 @@ _MADV_HUGEPAGE = 14
 
 
 def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor. On Linux hosts a large one asks for huge pages: filling it costs half the time (7.2 against
-    3.6 GB/s from the page cache with two threads on the machine this was written on), for 512 times fewer page faults."""
+    """An uninitialised tensor. On Linux hosts a large one asks for huge pages: filling it costs half the time (7.2
+    against 3.6 GB/s from the page cache with two threads on the machine this was written on), for 512 times
+    fewer page faults."""
     tensor = torch.empty(list(shape), dtype=dtype, device=device)
     nbytes = tensor.numel() * tensor.element_size()
     if device.type == "cpu" and nbytes >= _HUGE_FROM and sys.platform == "linux":

@@ -1,4 +1,6 @@
-"""What a caller may ask of a load, checked: a plain mapping (from JSON) becomes a frozen value, and anything unknown is refused."""
+"""What a caller may ask of a load, checked: a plain mapping (from JSON) becomes a frozen value, and anything
+unknown is refused.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from tensor_parallel.errors import InvalidInput
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
-        torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)
 }  # fmt: skip
 
 _EXAMPLE_SIZES = (2, 16, 24, 32)  # of the first, second, ... free dimension
@@ -24,7 +26,9 @@ _EXAMPLE_SIZES = (2, 16, 24, 32)  # of the first, second, ... free dimension
 
 @dataclass(frozen=True)
 class InputOption:
-    """One input as the user describes it: a free dimension is ``None`` (``null`` or -1 in JSON); ``high`` is exclusive."""
+    """One input as the user describes it: a free dimension is ``None`` (``null`` or -1 in JSON); ``high`` is
+    exclusive.
+    """
 
     name: str
     dtype: torch.dtype
@@ -34,7 +38,9 @@ class InputOption:
 
     @classmethod
     def parse(cls, entry: Any) -> InputOption:
-        """From a mapping with ``name``, ``dtype``, ``shape`` and optionally ``low`` and ``high``. Raises :class:`InvalidInput`."""
+        """From a mapping with ``name``, ``dtype``, ``shape`` and optionally ``low`` and ``high``. Raises
+        :class:`InvalidInput`.
+        """
         if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
             raise InvalidInput("an input spec is an object with name, dtype and shape")
         name = entry["name"]
@@ -53,15 +59,18 @@ class InputOption:
     def example(self, seed: int = 0) -> Tensor:
         """A small tensor of this description, the same at every call."""
         free = iter((*_EXAMPLE_SIZES, *[8] * len(self.shape)))
-        return random_input([next(free) if size is None else size for size in self.shape], self.dtype, self.low, self.high, seed)
+        return random_input(
+            [next(free) if size is None else size for size in self.shape], self.dtype, self.low, self.high, seed
+        )
 
 
 @dataclass(frozen=True)
 class SourceOptions:
     """Options of every kind of source. ``dtype``: of the weights, ``None`` for the checkpoint's own.
 
-    ``task`` and ``architecture`` choose a Hugging Face class; ``attention`` its kernel (``sdpa`` or ``eager``). ``inputs``
-    replaces the inferred inputs; ``input_names`` keeps only some of them. ``kwargs`` and ``weights`` go to a factory.
+    ``task`` and ``architecture`` choose a Hugging Face class; ``attention`` its kernel (``sdpa`` or ``eager``).
+    ``inputs`` replaces the inferred inputs; ``input_names`` keeps only some of them. ``kwargs`` and ``weights`` go
+    to a factory.
     """
 
     dtype: torch.dtype | None = None
@@ -73,7 +82,9 @@ class SourceOptions:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
     factories: tuple[str, ...] = ()
-    """Factories the operator allows: exact ``package.module:factory``, or a prefix ending in ``*``. Never from a request."""
+    """Factories the operator allows: exact ``package.module:factory``, or a prefix ending in ``*``. Never from a
+    request.
+    """
 
     @classmethod
     def parse(cls, options: Mapping[str, Any], factories: Sequence[str] = ()) -> SourceOptions:
@@ -95,8 +106,12 @@ class SourceOptions:
         return cls(dtype, inputs=inputs, input_names=names, kwargs=dict(kwargs), factories=tuple(factories), **texts)
 
 
-def random_input(shape: Sequence[int], dtype: torch.dtype, low: int = 0, high: int | None = None, seed: int = 0) -> Tensor:
-    """Values to plan with: normal for floats, below ``high`` (2 if not given) for integers; does not touch the global seed."""
+def random_input(
+    shape: Sequence[int], dtype: torch.dtype, low: int = 0, high: int | None = None, seed: int = 0
+) -> Tensor:
+    """Values to plan with: normal for floats, below ``high`` (2 if not given) for integers; does not touch the
+    global seed.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
     if dtype.is_floating_point:
         return torch.randn(list(shape), generator=generator).to(dtype)

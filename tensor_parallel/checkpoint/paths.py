@@ -12,9 +12,9 @@ from tensor_parallel.errors import AccessDenied, CheckpointError
 def confine(path: str | os.PathLike[str], model_root: str | os.PathLike[str] | None) -> Path:
     """Absolute form of ``path``, which may be relative to ``model_root``.
 
-    Raises :class:`AccessDenied` for a path outside the root or through a symbolic link or ``..`` (even one that would lead
-    back inside: what it leads to can change between the check and the read), :class:`CheckpointError` if nothing is there.
-    Without a root any existing path is accepted: for a user's own process, never for a server.
+    Raises :class:`AccessDenied` for a path outside the root or through a symbolic link or ``..`` (even one that
+    would lead back inside: what it leads to can change between the check and the read), :class:`CheckpointError` if
+    nothing is there. Without a root any existing path is accepted: for a user's own process, never for a server.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
@@ -35,7 +35,9 @@ def confine(path: str | os.PathLike[str], model_root: str | os.PathLike[str] | N
     for part in inside.parts:
         current = current / part
         if current.is_symlink():
-            raise AccessDenied(f"{text}: {current.relative_to(root)} is a symbolic link; model paths may not follow links")
+            raise AccessDenied(
+                f"{text}: {current.relative_to(root)} is a symbolic link; model paths may not follow links"
+            )
     if not current.exists():
         raise CheckpointError(f"{text}: no such file or directory in the model root")
     return current
@@ -44,7 +46,8 @@ def confine(path: str | os.PathLike[str], model_root: str | os.PathLike[str] | N
 def open_regular(path: Path, directory: Path) -> int:
     """File descriptor of ``path``, read only, for a file directly or indirectly inside ``directory``.
 
-    The last component may not be a symbolic link and the file must be a regular one: no device, pipe or socket that would block.
+    The last component may not be a symbolic link and the file must be a regular one: no device, pipe or socket that
+    would block.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -52,7 +55,9 @@ def open_regular(path: Path, directory: Path) -> int:
         raise CheckpointError(f"{_shown(path, directory)} is missing") from None
     except OSError as error:
         if path.is_symlink():
-            raise AccessDenied(f"{_shown(path, directory)} is a symbolic link; checkpoints may not hold links") from None
+            raise AccessDenied(
+                f"{_shown(path, directory)} is a symbolic link; checkpoints may not hold links"
+            ) from None
         raise CheckpointError(f"{_shown(path, directory)} cannot be opened: {error.strerror}") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -61,7 +66,9 @@ def open_regular(path: Path, directory: Path) -> int:
 
 
 def read_small(path: Path, directory: Path, limit: int) -> bytes:
-    """Content of a small file such as a config. Raises :class:`CheckpointError` if it is larger than ``limit`` bytes."""
+    """Content of a small file such as a config. Raises :class:`CheckpointError` if it is larger than ``limit``
+    bytes.
+    """
     with os.fdopen(open_regular(path, directory), "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tensor_parallel.checkpoint.options import SourceOptions, random_input
 from tensor_parallel.checkpoint.pt2_archive import open_archive
 from tensor_parallel.checkpoint.pt2_grammar import check_tensor_name
 from tensor_parallel.checkpoint.pt2_guards import parse_guard
-from tensor_parallel.checkpoint.pt2_program import Program, rebuild, screen
+from tensor_parallel.checkpoint.pt2_program import rebuild, screen
 from tensor_parallel.checkpoint.source import Source, given_inputs
 from tensor_parallel.checkpoint.stored import StoredTensor
 from tensor_parallel.checkpoint.transfer import read_whole
@@ -40,10 +39,8 @@ class ArchiveSource(Source):
         self._weights = self._payloads("weights", "weight_")
         self._constants = self._payloads("constants", "tensor_")
         self._document = self._archive.read_json(_MODEL)
-
-    @cached_property
-    def _program(self) -> Program:
-        return screen(self._document)
+        self._program = screen(self._document)
+        self._constraints = self._parsed_constraints()
 
     def _build(self) -> tuple[nn.Module, dict[str, Tensor]]:
         program = self._program
@@ -71,11 +68,16 @@ class ArchiveSource(Source):
         examples = {}
         for seed, given in enumerate(self._program.inputs):
             if torch.Size(given.hints).numel() > _MAX_EXAMPLE:
-                raise InvalidInput(f"input {given.name} was exported with shape {given.hints}: give a smaller one in option inputs")
+                raise InvalidInput(
+                    f"input {given.name} was exported with shape {given.hints}: give a smaller one in option inputs"
+                )
             examples[given.name] = random_input(given.hints, given.dtype, seed=seed)
         return examples
 
     def constraints(self) -> Constraints:
+        return self._constraints
+
+    def _parsed_constraints(self) -> Constraints:
         program = self._program
         sources = {f"L['{given.name}']": given.name for given in program.inputs}
         sources |= {f"L['flat_args'][{at}]": given.name for at, given in enumerate(program.inputs)}
@@ -88,7 +90,7 @@ class ArchiveSource(Source):
         values = self._program.document["graph_module"]["graph"]["tensor_values"]
         held: dict[str, LazyTensor] = {}
         for spec in signature["input_specs"]:
-            (kind, entry), = spec.items()
+            ((kind, entry),) = spec.items()
             if kind == "parameter" or (kind == "buffer" and entry["persistent"]):
                 name = entry[f"{kind}_name"]
                 if name not in self._weights:
@@ -96,10 +98,12 @@ class ArchiveSource(Source):
                 wanted = _static_shape(values[entry["arg"]["name"]])
                 if tuple(self._weights[name].shape) != wanted:
                     got = tuple(self._weights[name].shape)
-                    raise CheckpointError(f"{self.path.name}: tensor {name} has shape {got}, the program needs {wanted}")
+                    raise CheckpointError(
+                        f"{self.path.name}: tensor {name} has shape {got}, the program needs {wanted}"
+                    )
                 held[name] = self._weights[name]
         for spec in signature["input_specs"]:
-            (kind, entry), = spec.items()
+            ((kind, entry),) = spec.items()
             name = entry.get("tensor_constant_name") or (entry.get("buffer_name") if kind == "buffer" else None)
             if name is not None and name not in held and name not in self._constants:
                 raise CheckpointError(f"{self.path.name}: constant {name} is missing from the archive")
@@ -142,9 +146,13 @@ class ArchiveSource(Source):
         if len(sizes) != len(strides) or min([*sizes, *strides, offset], default=0) < 0:
             raise CheckpointError(f"{where} has impossible sizes {sizes} or strides {strides}")
         last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-        stored = StoredTensor(name, self._archive.file, member.offset, dtype, torch.Size([member.size // dtype.itemsize]))
+        stored = StoredTensor(
+            name, self._archive.file, member.offset, dtype, torch.Size([member.size // dtype.itemsize])
+        )
         if 0 not in sizes and last >= stored.shape[0]:
-            raise CheckpointError(f"{where} is truncated: shape {sizes} does not fit the {member.size} bytes stored for it")
+            raise CheckpointError(
+                f"{where} is truncated: shape {sizes} does not fit the {member.size} bytes stored for it"
+            )
         flat = torch.empty(stored.shape, dtype=dtype, device="meta")
         return LazyTensor(View(stored, flat.as_strided(sizes, strides, offset if 0 not in sizes else 0)))
 

@@ -1,7 +1,8 @@
 """The zip of a ``.pt2`` archive, read by us and never given to torch.
 
-``torch.export.load`` unpickles what an archive marks as pickled. Here members are found through the zip's directory, checked,
-and read as plain bytes; two readers of one file could disagree about what it holds, so nothing else opens it.
+``torch.export.load`` unpickles what an archive marks as pickled. Here members are found through the zip's
+directory, checked, and read as plain bytes; two readers of one file could disagree about what it holds, so nothing
+else opens it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tensor_parallel.checkpoint.pt2_pickle import check_pickle
 from tensor_parallel.checkpoint.stored import StoredFile
 from tensor_parallel.errors import CheckpointError
 
 MAX_MEMBERS = 200_000
 MAX_JSON_BYTES = 512 << 20
+MAX_SAMPLE_BYTES = 512 << 20
+_SAMPLES = "data/sample_inputs/model.pt"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 # What a member's name, below the archive's one top folder, may be, and what of it is used.
-_USED = re.compile(r"models/model\.json|data/(weights/weight_\d+|constants/tensor_\d+|(weights|constants)/model_(weights|constants)_config\.json)")
+_USED = re.compile(
+    r"models/model\.json|data/(weights/weight_\d+|constants/tensor_\d+|(weights|constants)/model_(weights|constants)_config\.json)"
+)
 _UNOPENED = re.compile(
     r"archive_format|archive_version|byteorder|\.data/version|\.data/serialization_id|\.format_version|\.storage_alignment"
     r"|data/sample_inputs/model\.pt|extra/[\w./ -]+"
@@ -45,9 +51,11 @@ class Member:
 class Archive:
     """The members of a ``.pt2`` that holds one exported program named ``model``.
 
-    Raises :class:`CheckpointError` for a file that is no such zip, members that are compressed, encrypted, overlapping,
-    outside the file, named like a path out of it or like nothing an exported program has, and anything pickled.
-    Sample inputs and extra files may be there; they are never opened.
+    Raises :class:`CheckpointError` for a file that is no such zip, members that are compressed, encrypted,
+    overlapping, outside the file, named like a path out of it or like nothing an exported program has, and anything
+    pickled. Extra files may be there; they are never opened. Sample inputs are a pickle by format: they are never
+    unpickled, only searched for instructions that plain tensors do not need, since an archive that has them is
+    meant to harm somebody.
     """
 
     def __init__(self, file: StoredFile) -> None:
@@ -57,6 +65,8 @@ class Archive:
         self._expect_text("archive_version", "0")
         if "byteorder" in self._members:
             self._expect_text("byteorder", "little")
+        if _SAMPLES in self._members:
+            check_pickle(self.read(_SAMPLES, MAX_SAMPLE_BYTES), f"{file.name}: {_SAMPLES}")
 
     def member(self, name: str) -> Member:
         """Raises :class:`CheckpointError` if there is none of that name."""
@@ -125,7 +135,9 @@ def _screened_name(entry: zipfile.ZipInfo, root: str, file: StoredFile) -> str:
     if name == full or ".." in full.split("/") or root in ("", "."):
         raise CheckpointError(f"{file.name}: member {full!r} lies outside the archive's folder")
     if name.startswith("data/aotinductor/"):
-        raise CheckpointError(f"{file.name} holds compiled machine code ({name}), which is never run; save the exported program")
+        raise CheckpointError(
+            f"{file.name} holds compiled machine code ({name}), which is never run; save the exported program"
+        )
     if re.fullmatch(r"data/(weights|constants)/[^/]*\.pt|data/constants/(custom_obj|opaque_obj)\w*", name):
         raise CheckpointError(f"{file.name}: {name} is pickled; pickles are never read")
     if re.fullmatch(r"models/.*", name) and name != "models/model.json":

@@ -1,8 +1,9 @@
 """The only texts of an exported program that are let through to code that evaluates or generates code.
 
-torch gives symbolic expressions to ``sympy.sympify``, which is ``eval``; writes node and attribute names into Python source
-that it then executes; resolves operator names by attribute access from the ``torch`` module, where there is much besides
-operators; and runs guards as code. Each such text must match a grammar that can express sizes and operators and nothing else.
+torch gives symbolic expressions to ``sympy.sympify``, which is ``eval``; writes node and attribute names into
+Python source that it then executes; resolves operator names by attribute access from the ``torch`` module, where
+there is much besides operators; and runs guards as code. Each such text must match a grammar that can express sizes
+and operators and nothing else.
 """
 
 from __future__ import annotations
@@ -32,20 +33,22 @@ _GRAPH_RUNNERS = frozenset({
     "cond", "while_loop", "map_impl", "scan", "associative_scan", "wrap_with_set_grad_enabled", "wrap_with_autocast",
     "hints_wrapper", "tag_activation_checkpoint", "checkpoint",
 })  # fmt: skip
+_EXPERTS = "torch.ops.transformers.grouped_mm_fallback.default"
 _FORBIDDEN_OPERATORS = frozenset({"from_file"})  # opens, and can create, any file it is given the name of
 
 _FUNCTIONS = frozenset({
-    "Integer", "Float", "Rational", "Add", "Mul", "Mod", "Max", "Min", "Abs", "floor", "ceiling", "Eq", "Ne", "Lt", "Le", "Gt", "Ge",
-    "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "And", "Or", "Not", "Piecewise",
-    "ExprCondPair", "FloorDiv", "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv",
-    "FloatTrueDiv", "IntTrueDiv", "IsNonOverlappingAndDenseIndicator", "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal",
-    "ToFloat", "Identity",
+    "Integer", "Float", "Rational", "Add", "Mul", "Mod", "Max", "Min", "Abs", "floor", "ceiling", "Eq", "Ne", "Lt",
+    "Le", "Gt", "Ge", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan",
+    "And", "Or", "Not", "Piecewise", "ExprCondPair", "FloorDiv", "ModularIndexing", "Where", "PythonMod",
+    "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "FloatTrueDiv", "IntTrueDiv",
+    "IsNonOverlappingAndDenseIndicator", "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat",
+    "Identity",
 })  # fmt: skip
 _POWERS = frozenset({"Pow", "PowByNatural", "FloatPow", "LShift", "RShift"})
 _CONSTANTS = frozenset({"true", "false", "oo", "int_oo"})
 _OPERATIONS = (
-    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.USub, ast.UAdd, ast.Not, ast.And, ast.Or, ast.BitAnd, ast.BitOr,
-    ast.Invert, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
+    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.USub, ast.UAdd, ast.Not, ast.And, ast.Or,
+    ast.BitAnd, ast.BitOr, ast.Invert, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
 )  # fmt: skip
 
 
@@ -64,8 +67,12 @@ def check_tensor_name(name: Any, what: str) -> str:
 
 
 def check_operator(target: Any) -> None:
-    """An operator of the dispatcher, a symbolic-size operator, or a higher-order operator that runs the program's own graphs."""
-    if not isinstance(target, str) or not (_is_dispatched(target) or _is_graph_runner(target) or _is_size_operator(target)):
+    """An operator of the dispatcher, a symbolic-size operator, or a higher-order operator that runs the program's
+    own graphs.
+    """
+    if not isinstance(target, str) or not (
+        _is_dispatched(target) or _is_graph_runner(target) or _is_size_operator(target)
+    ):
         raise CheckpointError(f"operator {_short(target)} is not one that an exported program may call here")
 
 
@@ -80,12 +87,6 @@ def check_expression(text: Any) -> None:
         raise CheckpointError(f"symbolic expression {_short(text)} is not one of sizes") from None
 
 
-def check_symbol(name: Any) -> None:
-    """The name of a size symbol, such as ``s0`` or ``u3``."""
-    if not isinstance(name, str) or not _SYMBOL.fullmatch(name):
-        raise CheckpointError(f"symbol {_short(name)} is not the name of a size")
-
-
 class _Refused(Exception):
     pass
 
@@ -94,7 +95,7 @@ def _check(node: ast.expr) -> None:
     match node:
         case ast.Constant(value=bool()):
             return
-        case ast.Constant(value=int(value)) if abs(value) < _MAX_INTEGER:
+        case ast.Constant(value=int(number)) if abs(number) < _MAX_INTEGER:
             return
         case ast.Constant(value=float()):
             return
@@ -113,7 +114,9 @@ def _check(node: ast.expr) -> None:
         case ast.Compare(left=left, ops=ops, comparators=others) if all(isinstance(op, _OPERATIONS) for op in ops):
             for value in (left, *others):
                 _check(value)
-        case ast.Call(func=ast.Name(id="Symbol"), args=[ast.Constant(value=str(name))], keywords=keywords) if _SYMBOL.fullmatch(name):
+        case ast.Call(func=ast.Name(id="Symbol"), args=[ast.Constant(value=str(name))], keywords=keywords) if (
+            _SYMBOL.fullmatch(name)
+        ):
             _check_keywords(keywords)
         case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str(digits))], keywords=keywords):
             if not re.fullmatch(r"-?[0-9.e+-]{1,40}", digits):
@@ -136,8 +139,9 @@ def _check_power(base: ast.expr, exponent: ast.expr) -> None:
     if any(isinstance(part, ast.Name) and part.id in _POWERS for part in ast.walk(base)):
         raise _Refused
     value = exponent.args[0] if isinstance(exponent, ast.Call) and len(exponent.args) == 1 else exponent
-    sign = value.operand if isinstance(value, ast.UnaryOp) else value
-    if not (isinstance(sign, ast.Constant) and type(sign.value) in (int, float) and abs(sign.value) <= _MAX_EXPONENT):
+    magnitude = value.operand if isinstance(value, ast.UnaryOp) else value
+    number = magnitude.value if isinstance(magnitude, ast.Constant) else None
+    if not isinstance(number, int | float) or abs(number) > _MAX_EXPONENT:
         raise _Refused
     _check(base)
     _check(exponent)
@@ -146,18 +150,31 @@ def _check_power(base: ast.expr, exponent: ast.expr) -> None:
 def _check_keywords(keywords: list[ast.keyword]) -> None:
     for given in keywords:
         value = given.value
-        small = isinstance(value, ast.Constant) and (isinstance(value.value, bool) or (type(value.value) is int and 0 <= value.value <= 400))
+        small = isinstance(value, ast.Constant) and (
+            isinstance(value.value, bool) or (type(value.value) is int and 0 <= value.value <= 400)
+        )
         if given.arg is None or not re.fullmatch(r"[a-z_]{1,24}", given.arg) or not small:
             raise _Refused
 
 
 def _is_dispatched(target: str) -> bool:
+    if target == _EXPERTS:
+        return _has_experts()
     matched = _OPERATOR.fullmatch(target)
-    if not matched or matched[2] in _FORBIDDEN_OPERATORS or matched[2].startswith("__") and not matched[2].endswith("__"):
+    if not matched or matched[2] in _FORBIDDEN_OPERATORS:
         return False
     name, overload = f"{matched[1]}::{matched[2]}", matched[3]
     registered = torch._C._dispatch_has_kernel(name if overload == "default" else f"{name}.{overload}")
     return bool(registered)  # operators of TorchScript alone (aten::save writes files) are not in the dispatcher
+
+
+def _has_experts() -> bool:
+    """Whether the one operator that ``transformers`` itself defines, for layers of experts, is there."""
+    try:
+        import transformers.integrations.moe  # noqa: F401
+    except ImportError:
+        return False
+    return bool(torch._C._dispatch_has_kernel("transformers::grouped_mm_fallback"))
 
 
 def _is_graph_runner(target: str) -> bool:

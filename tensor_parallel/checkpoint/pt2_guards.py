@@ -1,7 +1,7 @@
 """Conditions on input sizes under which an exported graph is right, parsed into data and evaluated here, never as code.
 
-torch writes them as Python over ``L['name'].size()[dim]``. A graph may have been simplified on their strength, so one that
-cannot be parsed refuses the archive instead of being dropped.
+torch writes them as Python over ``L['name'].size()[dim]``. A graph may have been simplified on their strength, so
+one that cannot be parsed refuses the archive instead of being dropped.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from tensor_parallel.errors import CheckpointError
 
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-    ast.Div: operator.truediv, ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-    ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod, ast.Div: operator.truediv, ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt,
+    ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
 _CALLS: dict[str, Callable[..., Any]] = {
-    "max": max, "min": min, "Max": max, "Min": min, "Mod": operator.mod, "PythonMod": operator.mod, "FloorDiv": operator.floordiv,
-    "CeilDiv": lambda a, b: -(-a // b), "Eq": operator.eq, "Ne": operator.ne,
+    "max": max, "min": min, "Max": max, "Min": min, "Mod": operator.mod, "PythonMod": operator.mod,
+    "FloorDiv": operator.floordiv, "CeilDiv": lambda a, b: -(-a // b), "Eq": operator.eq, "Ne": operator.ne,
 }  # fmt: skip
 _MAX_GUARD = 4096
 
@@ -55,7 +55,9 @@ def parse_guard(text: str, inputs: Mapping[str, str], ranks: Mapping[str, int]) 
             raise _Unknown
         return Guard(text, _term(ast.parse(text.strip(), mode="eval").body, inputs, ranks))
     except (SyntaxError, ValueError, RecursionError, MemoryError, _Unknown):
-        raise CheckpointError(f"the program has a guard that is not about sizes of its inputs: {text[:120]!r}") from None
+        raise CheckpointError(
+            f"the program has a guard that is not about sizes of its inputs: {text[:120]!r}"
+        ) from None
 
 
 class _Unknown(Exception):
@@ -83,14 +85,16 @@ def _term(node: ast.expr, inputs: Mapping[str, str], ranks: Mapping[str, int]) -
             return lambda sizes: all(
                 _BINARY[type(op)](terms[i](sizes), terms[i + 1](sizes)) for i, op in enumerate(ops)
             )
-        case ast.BoolOp(op=op, values=values):
+        case ast.BoolOp(op=combiner, values=values):
             parts = [sub(value) for value in values]
-            combine = all if isinstance(op, ast.And) else any
+            combine = all if isinstance(combiner, ast.And) else any
             return lambda sizes: combine(part(sizes) for part in parts)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS:
-            values, call = [sub(arg) for arg in args], _CALLS[name]
-            return lambda sizes: call(*(value(sizes) for value in values))
-        case ast.Subscript(value=ast.Call(func=ast.Attribute(value=source, attr="size"), args=[], keywords=[]), slice=index):
+            given, call = [sub(arg) for arg in args], _CALLS[name]
+            return lambda sizes: call(*(term(sizes) for term in given))
+        case ast.Subscript(
+            value=ast.Call(func=ast.Attribute(value=source, attr="size"), args=[], keywords=[]), slice=index
+        ):
             return _size(source, index, inputs, ranks)
         case ast.Subscript(value=ast.Attribute(value=source, attr="shape"), slice=index):
             return _size(source, index, inputs, ranks)
@@ -99,7 +103,12 @@ def _term(node: ast.expr, inputs: Mapping[str, str], ranks: Mapping[str, int]) -
 
 def _size(source: ast.expr, index: ast.expr, inputs: Mapping[str, str], ranks: Mapping[str, int]) -> _Term:
     name = inputs.get(ast.unparse(source))
-    if name is None or not isinstance(index, ast.Constant) or type(index.value) is not int or not 0 <= index.value < ranks[name]:
+    if (
+        name is None
+        or not isinstance(index, ast.Constant)
+        or type(index.value) is not int
+        or not 0 <= index.value < ranks[name]
+    ):
         raise _Unknown
     dim = index.value
     return lambda sizes: sizes[name][dim]

@@ -1,14 +1,15 @@
 """An archive's program, screened and reduced to what running it needs, then rebuilt by torch's own deserialiser.
 
-What is left out: stack traces, module stacks and other metadata, the calling structure (nested arguments become flat keyword
-arguments, nested results one flat dictionary; torch's tree specs can import modules), and guards, which
-:mod:`tensor_parallel.checkpoint.pt2_guards` evaluates itself. What is let through is checked against
+What is left out: stack traces, module stacks and other metadata, the calling structure (nested arguments become
+flat keyword arguments, nested results one flat dictionary; torch's tree specs can import modules), and guards,
+which :mod:`tensor_parallel.checkpoint.pt2_guards` evaluates itself. What is let through is checked against
 :mod:`tensor_parallel.checkpoint.pt2_grammar` wherever torch would evaluate it or write it into source code.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,6 @@ from tensor_parallel.checkpoint.pt2_grammar import (
     check_expression,
     check_identifier,
     check_operator,
-    check_symbol,
     check_tensor_name,
 )
 from tensor_parallel.errors import CheckpointError
@@ -44,7 +44,9 @@ class UserInput:
 
 @dataclass(frozen=True)
 class Program:
-    """A screened program: its JSON for torch, what it takes and gives, the range of each symbol, and guards still to be parsed."""
+    """A screened program: its JSON for torch, what it takes and gives, the range of each symbol, and guards still
+    to be parsed.
+    """
 
     document: dict[str, Any]
     inputs: tuple[UserInput, ...]
@@ -63,7 +65,9 @@ def screen(document: dict[str, Any]) -> Program:
         raise CheckpointError(f"models/model.json is not an exported program: {type(error).__name__} {error}") from None
 
 
-def rebuild(program: Program, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]) -> torch.export.ExportedProgram:
+def rebuild(
+    program: Program, state: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]
+) -> torch.export.ExportedProgram:
     """The ``ExportedProgram``, with the given parameters, buffers and constants. Raises :class:`CheckpointError`."""
     from torch._export.serde import schema
     from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
@@ -73,7 +77,9 @@ def rebuild(program: Program, state: dict[str, torch.Tensor], constants: dict[st
         return ExportedProgramDeserializer().deserialize(parsed, state, constants, None)
     except Exception as error:  # the deserialiser raises anything for a document that does not hold together
         first = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise CheckpointError(f"models/model.json cannot be understood by torch {torch.__version__}: {first[0]}") from error
+        raise CheckpointError(
+            f"models/model.json cannot be understood by torch {torch.__version__}: {first[0]}"
+        ) from error
 
 
 def _screen(document: dict[str, Any]) -> Program:
@@ -82,11 +88,16 @@ def _screen(document: dict[str, Any]) -> Program:
     root = next(entry["signature"] for entry in graph_module["module_call_graph"] if entry["fqn"] == "")
     specs = signature["input_specs"]
     kept = [index for index, spec in enumerate(specs) if not _is_constant_input(spec)]
-    users = [spec["user_input"]["arg"]["as_tensor"]["name"] for spec in (specs[i] for i in kept) if _kind(spec) == "user_input"]
+    users = [
+        spec["user_input"]["arg"]["as_tensor"]["name"]
+        for spec in (specs[i] for i in kept)
+        if _kind(spec) == "user_input"
+    ]
     names = _input_names(root, [spec for spec in specs if _kind(spec) in ("user_input", "constant_input")], users)
     flat_graph = {**graph, "inputs": [graph["inputs"][i] for i in kept]}
     flat_signature = {**signature, "input_specs": [specs[i] for i in kept]}
     outputs = _output_names(json.loads(root["out_spec"]), graph_module.get("treespec_namedtuple_fields", {}))
+    limits = _ranges(document["range_constraints"])
     clean = {
         "graph_module": {
             "graph": _cleaned(flat_graph),
@@ -94,14 +105,14 @@ def _screen(document: dict[str, Any]) -> Program:
             "module_call_graph": [_flat_call(names, outputs)],
         },
         "opset_version": {str(key): int(value) for key, value in document["opset_version"].items()},
-        "range_constraints": _ranges(document["range_constraints"]),
+        "range_constraints": limits,
         "schema_version": {key: int(document["schema_version"][key]) for key in ("major", "minor")},
         "verifiers": _verifiers(document.get("verifiers", [])),
         "torch_version": str(document.get("torch_version", "")),
         "guards_code": [],
     }
     inputs = tuple(_user_input(name, graph["tensor_values"][user]) for name, user in zip(names, users, strict=True))
-    ranges = {symbol: (int(limits["min_val"] or 0), limits["max_val"]) for symbol, limits in clean["range_constraints"].items()}
+    ranges = {symbol: (int(limit["min_val"] or 0), limit["max_val"]) for symbol, limit in limits.items()}
     guards = tuple(str(guard) for guard in document.get("guards_code", []))
     return Program(clean, inputs, tuple(outputs), ranges, guards)
 
@@ -138,9 +149,8 @@ def _check_leaf(value: Any, key: str) -> None:
         check_tensor_name(value, "tensor")
     elif key in _IDENTIFIER_KEYS or (key == "name" and value is not None):
         check_identifier(value, "value")
-    elif key.endswith(".argument") and value != "":
-        if value not in ("from", "self", "lambda", "in", "is"):  # operators of torch do have an argument named `from`
-            check_identifier(value, "argument")
+    elif key.endswith(".argument") and value not in ("", "from"):  # operators of torch do have an argument named `from`
+        check_identifier(value, "argument")
 
 
 def _on_host(device: Any) -> dict[str, Any]:
@@ -153,8 +163,8 @@ def _on_host(device: Any) -> dict[str, Any]:
 def _ranges(ranges: Mapping[str, Any]) -> dict[str, Any]:
     clean = {}
     for symbol, limits in ranges.items():
-        check_symbol(symbol)
-        if int("".join(c for c in symbol if c.isdigit())) > _MAX_COUNTER:
+        check_expression(symbol)  # a symbol, or an expression such as `14 - s0`
+        if any(int(number) > _MAX_COUNTER for number in re.findall(r"\d+", symbol)):
             raise CheckpointError(f"symbol {symbol} is not the name of a size")
         values = {key: limits.get(key) for key in ("min_val", "max_val")}
         if not all(value is None or type(value) is int for value in values.values()):
@@ -187,7 +197,9 @@ def _is_constant_input(spec: Mapping[str, Any]) -> bool:
 
 
 def _input_names(root: Mapping[str, Any], specs: list[Any], users: list[str]) -> list[str]:
-    """The caller's names of the tensors: the names of forward's arguments where those are tensors, else the graph's own."""
+    """The caller's names of the tensors: the names of forward's arguments where those are tensors, else the graph's
+    own.
+    """
     given = root.get("forward_arg_names") or []
     names = list(users)
     if len(given) == len(specs):
@@ -200,7 +212,7 @@ def _input_names(root: Mapping[str, Any], specs: list[Any], users: list[str]) ->
 
 
 def _flat_call(names: list[str], outputs: list[str]) -> dict[str, Any]:
-    leaf = {"type": None, "context": None, "children_spec": []}
+    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 
     def dictionary(keys: list[str]) -> dict[str, Any]:
         return {"type": "builtins.dict", "context": json.dumps(keys), "children_spec": [leaf] * len(keys)}
@@ -208,9 +220,12 @@ def _flat_call(names: list[str], outputs: list[str]) -> dict[str, Any]:
     empty = {"type": "builtins.tuple", "context": "null", "children_spec": []}
     arguments = {"type": "builtins.tuple", "context": "null", "children_spec": [empty, dictionary(names)]}
     signature = {
-        "inputs": [], "outputs": [], "in_spec": json.dumps([1, arguments]), "out_spec": json.dumps([1, dictionary(outputs)]),
+        "inputs": [],
+        "outputs": [],
+        "in_spec": json.dumps([1, arguments]),
+        "out_spec": json.dumps([1, dictionary(outputs)]),
         "forward_arg_names": names,
-    }  # fmt: skip
+    }
     return {"fqn": "", "signature": signature}
 
 
@@ -227,7 +242,9 @@ def _output_names(spec: Any, named_tuples: Mapping[str, Any]) -> list[str]:
 
 
 def _leaf_names(tree: Mapping[str, Any], prefix: str, named_tuples: Mapping[str, Any]) -> Iterator[str]:
-    """Keys joined by dots; ``output`` for a lone tensor; ``output_0``, ... for members of a bare tuple, ``key.0`` within a key."""
+    """Keys joined by dots; ``output`` for a lone tensor; ``output_0``, ... for members of a bare tuple, ``key.0``
+    within a key.
+    """
     kind, children = tree["type"], tree["children_spec"]
     if kind is None:
         yield prefix or "output"

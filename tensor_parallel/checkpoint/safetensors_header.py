@@ -1,7 +1,8 @@
 """The safetensors header: what a file says it holds, checked against the file before a byte of it is used.
 
-Format: 8 bytes little-endian header length, that many bytes of JSON (name -> dtype, shape, data_offsets), then the data.
-Read here, and not through ``safetensors.safe_open``, because slices are read straight into their place by several threads.
+Format: 8 bytes little-endian header length, that many bytes of JSON (name -> dtype, shape, data_offsets), then the
+data. Read here, and not through ``safetensors.safe_open``, because slices are read straight into their place by
+several threads.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from tensor_parallel.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32,
-    "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16, "I32":
+    torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16, "BF16":
+    torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64, "F8_E4M3":
+    torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 

@@ -94,7 +94,9 @@ class Source(ABC):
         return sum(distinct.values())
 
     def digest(self) -> str:
-        """Digest of config, headers, sizes and samples of the content; equal on every rank that reads the same checkpoint."""
+        """Digest of config, headers, sizes and samples of the content; equal on every rank that reads the same
+        checkpoint.
+        """
         return source_digest({"kind": self.kind, **self._describe()}, self.stored())
 
     def _resolve(self) -> None:
@@ -104,7 +106,9 @@ class Source(ABC):
         if self._tensors is None:
             self._tensors = tensors
             if self.unused:
-                log.warning("%s: %d stored tensors are not used: %s", self.path.name, len(self.unused), ", ".join(self.unused))
+                log.warning(
+                    "%s: %d stored tensors are not used: %s", self.path.name, len(self.unused), ", ".join(self.unused)
+                )
 
 
 def shard_boxes(node: Node, shard: Shard, rank: int) -> list[Box]:

@@ -1,7 +1,8 @@
 """Where a tensor's bytes lie: a file held open, and an offset, dtype and shape in it.
 
-Files are read with ``pread`` and never mapped: a checkpoint that is truncated or lies on a vanished network mount then fails
-one load with an error that names it, where touching a mapping would kill the process with SIGBUS, and every model in it.
+Files are read with ``pread`` and never mapped: a checkpoint that is truncated or lies on a vanished network mount
+then fails one load with an error that names it, where touching a mapping would kill the process with SIGBUS, and
+every model in it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from tensor_parallel.errors import CheckpointError
 
 
 class StoredFile:
-    """One file of a checkpoint, open for positional reads from any thread; closed when nothing refers to it any more."""
+    """One file of a checkpoint, open for positional reads from any thread; closed when nothing refers to it any
+    more.
+    """
 
     def __init__(self, path: Path, directory: Path) -> None:
         self.name = str(path.relative_to(directory)) if path != directory else path.name
@@ -27,13 +30,17 @@ class StoredFile:
         self.size = os.fstat(self.descriptor).st_size
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` from ``offset``. Raises :class:`CheckpointError` if the file has become shorter or cannot be read."""
+        """Fill ``buffer`` from ``offset``. Raises :class:`CheckpointError` if the file has become shorter or cannot
+        be read.
+        """
         done = 0
         while done < len(buffer):
             try:
                 got = os.preadv(self.descriptor, [buffer[done:]], offset + done)
             except OSError as error:
-                raise CheckpointError(f"{self.name} cannot be read at byte {offset + done}: {error.strerror}") from error
+                raise CheckpointError(
+                    f"{self.name} cannot be read at byte {offset + done}: {error.strerror}"
+                ) from error
             if got == 0:
                 raise CheckpointError(f"{self.name} ends at byte {offset + done}: it was truncated after it was opened")
             done += got

@@ -1,8 +1,9 @@
 """Copying a strided region of a file into memory, reading little more than what is asked for.
 
-A region whose bytes lie together is read at once, straight into its place where that is a dense piece of host memory of the
-same dtype, else through a staging buffer. A region of short pieces far apart (the columns of a wide matrix) is read piece by
-piece; pieces near each other are read with the gaps between them, which costs less than a system call each.
+A region whose bytes lie together is read at once, straight into its place where that is a dense piece of host
+memory of the same dtype, else through a staging buffer. A region of short pieces far apart (the columns of a wide
+matrix) is read piece by piece; pieces near each other are read with the gaps between them, which costs less than a
+system call each.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ SMALL_GAP_BYTES = 4096  # reading a page more costs about as much as another cal
 
 @dataclass(frozen=True)
 class Read:
-    """At most about ``STAGING_BYTES`` of a transfer: a region that is read at once, or row by row when ``rows`` is set."""
+    """At most about ``STAGING_BYTES`` of a transfer: a region that is read at once, or row by row when ``rows`` is
+    set.
+    """
 
     source: StoredTensor
     region: Tensor
@@ -33,7 +36,9 @@ class Read:
     @property
     def position(self) -> tuple[int, int]:
         """Where in which file it starts: the order in which a disk likes to be read."""
-        return self.source.file.descriptor, self.source.offset + self.region.storage_offset() * self.region.dtype.itemsize
+        return self.source.file.descriptor, self.source.offset + int(
+            self.region.storage_offset()
+        ) * self.region.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +46,9 @@ class Read:
 
 
 class Staging:
-    """A thread's reusable buffer for bytes that cannot be read straight into their place; page-locked for copies to a GPU."""
+    """A thread's reusable buffer for bytes that cannot be read straight into their place; page-locked for copies to
+    a GPU.
+    """
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
@@ -105,7 +112,8 @@ def evaluate(job: Compute) -> None:
 def _file_order(region: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Both with their dimensions in the order of the file (outermost first), and size-1 dimensions dropped."""
     dims = [dim for dim in range(region.ndim) if region.shape[dim] != 1]
-    dims.sort(key=lambda dim: -region.stride(dim))
+    strides = region.stride()
+    dims.sort(key=lambda dim: -strides[dim])
     shape = [region.shape[dim] for dim in dims]
     ordered = region.as_strided(shape, [region.stride(dim) for dim in dims], region.storage_offset())
     return ordered, out.as_strided(shape, [out.stride(dim) for dim in dims], out.storage_offset())
@@ -127,7 +135,9 @@ def _split(source: StoredTensor, region: Tensor, out: Tensor) -> Iterator[Read]:
 
 
 def _chunks(source: StoredTensor, region: Tensor, out: Tensor, rows: bool) -> Iterator[Read]:
-    """Cut along the outermost dimension into pieces that fit the staging buffer, then along the next where one is too large."""
+    """Cut along the outermost dimension into pieces that fit the staging buffer, then along the next where one is
+    too large.
+    """
     itemsize = region.dtype.itemsize
     if region.ndim == 0:
         yield Read(source, region, out, rows=False)

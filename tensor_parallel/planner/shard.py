@@ -1,9 +1,12 @@
-"""How one stored tensor is divided among the ranks of a group: which global indices along one dimension, in which order, each rank holds."""
+"""How one stored tensor is divided among the ranks of a group: which global indices along one dimension, in which
+order, each rank holds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -19,9 +22,9 @@ class Shard:
     """Placement of one parameter or buffer.
 
     ``dim`` is the divided dimension, or ``None`` when every rank holds the whole tensor (``runs`` is then empty).
-    ``runs[rank]`` lists the global index runs the rank holds, in the order in which they lie in its local tensor: a fused
-    ``[q | k | v]`` weight gives each rank one run of each. Ranks may hold the same indices (replicated key heads) and may
-    hold none.
+    ``runs[rank]`` lists the global index runs the rank holds, in the order in which they lie in its local tensor: a
+    fused ``[q | k | v]`` weight gives each rank one run of each. Ranks may hold the same indices (replicated key
+    heads) and may hold none.
     """
 
     dim: int | None
@@ -37,7 +40,9 @@ class Shard:
         for rank, runs in enumerate(self.runs):
             for start, stop in runs:
                 if not 0 <= start < stop:
-                    raise ShapeError(f"rank {rank} has the run ({start}, {stop}); a run is not empty and starts at 0 or later")
+                    raise ShapeError(
+                        f"rank {rank} has the run ({start}, {stop}); a run is not empty and starts at 0 or later"
+                    )
 
     @classmethod
     def replicated(cls) -> Shard:
@@ -48,7 +53,9 @@ class Shard:
     def contiguous(cls, dim: int, sizes: Sequence[int]) -> Shard:
         """Rank ``r`` holds the next ``sizes[r]`` indices along ``dim``; a size of 0 leaves that rank without any."""
         starts = split_offsets(tuple(sizes))
-        return cls(dim, tuple(((start, start + size),) if size else () for start, size in zip(starts, sizes, strict=True)))
+        return cls(
+            dim, tuple(((start, start + size),) if size else () for start, size in zip(starts, sizes, strict=True))
+        )
 
     @classmethod
     def even(cls, dim: int, size: int, world_size: int) -> Shard:
@@ -65,7 +72,9 @@ class Shard:
         return sum(stop - start for start, stop in self.runs[rank])
 
     def local_shape(self, shape: Sequence[int], rank: int) -> torch.Size:
-        """Shape of the rank's part of a tensor of global ``shape``. Raises :class:`ShapeError` when a run lies outside it."""
+        """Shape of the rank's part of a tensor of global ``shape``. Raises :class:`ShapeError` when a run lies
+        outside it.
+        """
         if self.dim is None:
             return torch.Size(shape)
         self._check(shape, rank)
@@ -73,10 +82,14 @@ class Shard:
 
     def index(self, rank: int) -> torch.Tensor:
         """The rank's global indices along ``dim``, int64, in the order it holds them; only for a divided tensor."""
-        return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(start, stop) for start, stop in self.runs[rank])])
+        return torch.cat(
+            [torch.empty(0, dtype=torch.int64), *(torch.arange(start, stop) for start, stop in self.runs[rank])]
+        )
 
     def take(self, full: torch.Tensor, rank: int) -> torch.Tensor:
-        """The rank's part of ``full``, contiguous and sharing no memory with it, so that the full tensor can be freed."""
+        """The rank's part of ``full``, contiguous and sharing no memory with it, so that the full tensor can be
+        freed.
+        """
         if self.dim is None:
             return full.clone(memory_format=torch.contiguous_format)
         self._check(full.shape, rank)
@@ -101,4 +114,4 @@ def _runs_of(index: Sequence[int] | torch.Tensor) -> tuple[Run, ...]:
         return ()
     breaks = (torch.diff(values) != 1).nonzero().flatten() + 1
     edges = [0, *breaks.tolist(), values.numel()]
-    return tuple((int(values[a]), int(values[b - 1]) + 1) for a, b in zip(edges, edges[1:], strict=False))
+    return tuple((int(values[a]), int(values[b - 1]) + 1) for a, b in pairwise(edges))
