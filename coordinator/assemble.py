@@ -24,21 +24,22 @@ def assemble(answers: Sequence[Executed | None], placements: Placements) -> list
     first = answers[0]
     if first is None:
         raise Internal("rank 0 answered a forward without outputs")
-    return [_one(index, value, answers, placements) for index, value in enumerate(first.outputs)]
+    return [_one(value, answers, placements) for value in first.outputs]
 
 
-def _one(index: int, value: TensorValue, answers: Sequence[Executed | None], placements: Placements) -> TensorValue:
+def _one(value: TensorValue, answers: Sequence[Executed | None], placements: Placements) -> TensorValue:
     placement = placements[0].get(value.name)
     if placement is None or not placement.sharded:
         return value
-    parts = [_part(rank, index, value.name, answer) for rank, answer in enumerate(answers)]
+    parts = [_part(rank, value.name, answer) for rank, answer in enumerate(answers)]
     return _gather(parts, [placements[rank][value.name] for rank in range(len(parts))])
 
 
-def _part(rank: int, index: int, name: str, answer: Executed | None) -> TensorValue:
-    if answer is None or index >= len(answer.outputs) or answer.outputs[index].name != name:
-        raise Internal(f"rank {rank} gave no part of output {name!r}")
-    return answer.outputs[index]
+def _part(rank: int, name: str, answer: Executed | None) -> TensorValue:
+    for value in answer.outputs if answer is not None else ():
+        if value.name == name:
+            return value
+    raise Internal(f"rank {rank} gave no part of output {name!r}")
 
 
 def _gather(parts: Sequence[TensorValue], placements: Sequence[pb.OutputPlacement]) -> TensorValue:

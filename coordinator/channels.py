@@ -101,20 +101,22 @@ class StreamChannel:
 
     async def _read(self) -> None:
         reader = ResponseReader()
-        reason = "closed its channel"
         try:
             while isinstance(raw := await self._call.read(), bytes):
                 response = reader.read(raw)
                 if response is not None and response.generation == self._generation:
                     self._take(response, reader)
-            if await self._call.code() is not grpc.StatusCode.OK:
-                reason = await self._call.details() or (await self._call.code()).name
+            code, details = await self._call.code(), await self._call.details() or ""
         except grpc.RpcError as error:
-            reason = error.details() or error.code().name
+            code, details = error.code(), error.details() or ""
         except ValueError as error:
-            reason = f"sent what is no response: {error}"
-        if not self._closed:
-            self._listener.disconnected(self._rank, reason)
+            code, details = grpc.StatusCode.INTERNAL, f"it sent what is no response: {error}"
+        if self._closed:
+            return
+        if code is grpc.StatusCode.OK:
+            self._listener.broken(self._rank, "it closed its channel")
+        else:
+            self._listener.disconnected(self._rank, details or code.name)
 
     def _take(self, response: pb.ChannelResponse, reader: ResponseReader) -> None:
         match response.WhichOneof("result"):

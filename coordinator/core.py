@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 
@@ -114,9 +114,9 @@ class Core:
         """Raises ServiceError. Cancelling the caller drops the request unless it has been dispatched."""
         return await self._forwarder.run(request)
 
-    def load(self, request: pb.LoadRequest) -> AsyncIterator[pb.LoadProgress]:
+    def load(self, request: pb.LoadRequest, request_id: str = "") -> AsyncGenerator[pb.LoadProgress, None]:
         """Loads beside what serves, then flips; the last message has stage SERVING. Raises ServiceError."""
-        return self._loader.load(request)
+        return self._loader.load(request, request_id)
 
     async def unload(self, name: str) -> None:
         """Raises NotFound."""

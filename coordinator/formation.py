@@ -70,9 +70,8 @@ class Formation:
         except BaseException:
             generation.close()
             raise
-        for entry in models:
-            if all(_is_active(status, entry) for status in statuses):
-                entry.live_in = number
+        for entry in models:  # a Join makes what it names executable
+            entry.live_in = number
         return generation
 
     def _heard(self, rank: int) -> None:
@@ -184,8 +183,3 @@ def _join_model(entry: ModelVersion, rank: int) -> pb.JoinModel:
         plan_digest=digests.plan,
         shard_digest=digests.shard(rank),
     )
-
-
-def _is_active(status: pb.StatusResponse, entry: ModelVersion) -> bool:
-    model = held(status, entry.name, entry.version)
-    return model is not None and model.state == "ACTIVE"

@@ -12,7 +12,7 @@ from coordinator.batching import Queue, Ticket, join_key
 from coordinator.catalog import Catalog, ModelVersion
 from coordinator.commands import BatchInput, Execute, Executed
 from coordinator.config import Config
-from coordinator.errors import ResourceExhausted, ServiceError, Unavailable, describe
+from coordinator.errors import ServiceError, describe
 from coordinator.fleet import Fleet
 from coordinator.generation import Ending
 from coordinator.metrics import Metrics
@@ -110,14 +110,12 @@ class Forwarder:
         error = future.exception()
         if error is None:
             self._deliver(batch, future.result(), seconds)
-        elif (
-            len(batch) > 1
-            and isinstance(error, ServiceError)
-            and not isinstance(error, Unavailable | ResourceExhausted)
-        ):
-            # One of them may be at fault: each runs again by itself, so that it costs the others nothing.
+        elif len(batch) > 1 and isinstance(error, ServiceError) and self._fleet.generation is not None:
+            # All ranks raised it alike. One request may be at fault, or their sum: each runs again by itself, so that
+            # it costs the others nothing.
             for ticket in batch:
-                self.dispatch([ticket])
+                if not ticket.future.done():
+                    self.dispatch([ticket])
         else:
             _answer_all(batch, error)
             _count_failed(batch)

@@ -8,7 +8,7 @@ failure before the flip leaves what served before untouched.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from coordinator.catalog import HELD, Catalog, Digests, ModelVersion, disagreement, held
 from coordinator.commands import Activate, Unload
@@ -18,9 +18,9 @@ from coordinator.errors import FailedPrecondition, InvalidArgument, NotFound, Se
 from coordinator.fleet import Fleet
 from coordinator.formation import gather
 from coordinator.generation import Generation
-from coordinator.logging import get_logger
+from coordinator.logging import bound, get_logger
 from coordinator.metrics import Metrics
-from coordinator.rank_loads import RankLoads
+from coordinator.rank_loads import RankLoads, forget
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import shard_pb2
 
@@ -42,12 +42,13 @@ class Loader:
 
     # ---- a client's load
 
-    async def load(self, request: pb.LoadRequest) -> AsyncIterator[pb.LoadProgress]:
+    async def load(self, request: pb.LoadRequest, request_id: str = "") -> AsyncGenerator[pb.LoadProgress, None]:
         """Progress, the last message SERVING. Raises ServiceError. Closing the iterator cancels, but not the flip."""
         entry = self._begin(request)
         stages: asyncio.Queue[pb.LoadProgress | None] = asyncio.Queue()
         report = _Report(entry, stages.put_nowait)
-        task = asyncio.create_task(self._load(entry, report))
+        with bound(request_id=request_id):
+            task = asyncio.create_task(self._load(entry, report))
         task.add_done_callback(lambda _: stages.put_nowait(None))
         try:
             last = 0.0
@@ -106,7 +107,8 @@ class Loader:
             await self._flip(entry, generation)
             report.stage(pb.LoadProgress.SERVING, loads)
         except BaseException as error:
-            self._discard(entry)
+            self._catalog.loading.pop(entry.name, None)
+            self._spawn(self._free(entry))
             log.warning("load_failed", error=str(error) or type(error).__name__, seconds=loop.time() - started)
             result = error.code.name if isinstance(error, ServiceError) else "CANCELLED"
             self._metrics.load_seconds.labels(result).observe(loop.time() - started)
@@ -178,21 +180,20 @@ class Loader:
                 await self._fleet.changed.wait(self._config.heartbeat)
         finally:
             self._catalog.retiring.remove(entry)
-        await self._free(entry.name, entry.version)
+        await self._free(entry)
 
-    async def _free(self, name: str, version: str) -> None:
+    async def _free(self, entry: ModelVersion) -> None:
+        """In order with everything else where the version may be executed; beside it where it never could."""
         generation = self._fleet.generation
-        if generation is None or (name, version) in self._catalog.wanted():
+        if generation is None or (entry.name, entry.version) in self._catalog.wanted():
+            return
+        if entry.live_in != generation.number:
+            await forget(self._fleet.ranks, entry.name, entry.version)
             return
         try:
-            await generation.dispatch(Unload(name, version))
+            await generation.dispatch(Unload(entry.name, entry.version))
         except ServiceError as error:
-            get_logger().info("unload_interrupted", model=f"{name}@{version}", error=error.message)
-
-    def _discard(self, entry: ModelVersion) -> None:
-        """Frees what a failed load left on ranks that had finished it."""
-        self._catalog.loading.pop(entry.name, None)
-        self._spawn(self._free(entry.name, entry.version))
+            get_logger().info("unload_interrupted", model=entry.label, error=error.message)
 
     # ---- coming back
 
@@ -215,7 +216,7 @@ class Loader:
         """In a new generation: loads what is wanted and missing, frees what is there and unwanted."""
         strays = {(model.name, model.version) for status in statuses for model in status.models if model.state in HELD}
         for name, version in strays - self._catalog.wanted():
-            self._spawn(self._free(name, version))
+            self._spawn(forget(self._fleet.ranks, name, version))
         for entry in self._catalog.current.values():
             if entry.live_in == generation.number:
                 entry.served = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -12,6 +12,7 @@ from coordinator.catalog import Digests, ModelVersion
 from coordinator.errors import ServiceError, Unavailable, from_rpc
 from coordinator.formation import gather
 from coordinator.generation import RETRY_MS
+from coordinator.logging import get_logger
 from coordinator.rank import Rank
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import shard_pb2
@@ -39,7 +40,7 @@ class RankLoads:
         try:
             loaded = await gather([self._load(rank) for rank in self.ranks])
         except BaseException:
-            await asyncio.shield(asyncio.gather(*(self._cancel(rank) for rank in self.ranks)))
+            await asyncio.shield(forget(self.ranks, self.entry.name, self.entry.version))
             raise
         return {rank.index: model for rank, model in zip(self.ranks, loaded, strict=True)}
 
@@ -90,14 +91,18 @@ class RankLoads:
         )
         self.on_progress()
 
-    async def _cancel(self, rank: Rank) -> None:
-        if not rank.alive:
-            return
-        request = shard_pb2.CancelLoadRequest(name=self.entry.name, version=self.entry.version)
+
+async def forget(ranks: Iterable[Rank], name: str, version: str) -> None:
+    """Cancels the load of a version that is not active, and frees what ``ranks`` hold of it, if anything."""
+    request = shard_pb2.CancelLoadRequest(name=name, version=version)
+
+    async def one(rank: Rank) -> None:
         try:
             await rank.stub.CancelLoad(request, timeout=CANCEL_TIMEOUT, metadata=rank.metadata)
-        except grpc.RpcError:
-            return  # it is gone, or had nothing to cancel
+        except grpc.RpcError as error:  # it is gone, or will be asked again in the next generation
+            get_logger().info("forget_failed", rank=rank.index, model=f"{name}@{version}", error=error.details())
+
+    await asyncio.gather(*(one(rank) for rank in ranks if rank.alive))
 
 
 def load_error(rank: Rank, error: grpc.RpcError) -> ServiceError:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
 from coordinator.config import Config, ConfigError, TlsConfig
 
-Handler = grpc.RpcMethodHandler[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 AUTHORIZATION = "authorization"
 # Probes of Kubernetes and load balancers carry no token; all that health tells is SERVING or not.
