@@ -1,0 +1,159 @@
+"""Tensors on the wire, and the stream form of the channel."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from protos.tensor_parallel.v1 import shard_pb2, tensor_pb2
+from shardd import tensors
+from shardd.channel import PART_BYTES, StreamChannel, whole
+from shardd.errors import InvalidRequest
+
+
+@pytest.mark.parametrize("dtype", list(tensors.WIRE_DTYPES), ids=str)
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
+def test_round_trip(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    value = torch.arange(6).reshape(2, 3).to(dtype) if shape == (2, 3) else torch.ones(shape).to(dtype)
+    message = tensors.describe("x", value)
+    message.data = bytes(tensors.raw(value))
+    assert len(message.data) == tensors.byte_size(message) == value.nbytes
+    back = whole(message)
+    assert back.dtype == dtype
+    assert back.shape == value.shape
+    assert bytes(tensors.raw(back)) == message.data
+
+
+def test_every_wire_dtype_has_a_torch_one() -> None:
+    assert set(tensors.TORCH_DTYPES) == set(tensor_pb2.DataType.values()) - {0}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        tensor_pb2.Tensor(name="x", dtype=0, shape=[1]),
+        tensor_pb2.Tensor(name="x", dtype=99, shape=[1]),
+        tensor_pb2.Tensor(name="x", dtype=tensor_pb2.FLOAT32, shape=[-1]),
+        tensor_pb2.Tensor(name="x", dtype=tensor_pb2.FLOAT32, shape=[2**62, 2**62]),
+        tensor_pb2.Tensor(name="x", dtype=tensor_pb2.FLOAT32, shape=[1] * 65),
+        tensor_pb2.Tensor(name="x", dtype=tensor_pb2.FLOAT32, shape=[2], data=b"1234567"),
+        tensor_pb2.Tensor(name="x", dtype=tensor_pb2.FLOAT32, shape=[2], data=b"123456789"),
+        tensor_pb2.Tensor(name="x", dtype=tensor_pb2.FLOAT32, shape=[2**40]),
+    ],
+)
+def test_tensors_that_make_no_sense(message: tensor_pb2.Tensor) -> None:
+    with pytest.raises(InvalidRequest, match="'x'"):
+        whole(message)
+
+
+def test_views_into_a_buffer_keep_to_it() -> None:
+    message = tensor_pb2.Tensor(name="x", dtype=tensor_pb2.INT32, shape=[2])
+    assert tensors.decode(message, bytearray(range(16)), 8).tolist() == [0x0B0A0908, 0x0F0E0D0C]
+    for offset in (9, 12):
+        with pytest.raises(InvalidRequest):
+            tensors.decode(message, bytearray(16), offset)
+
+
+def request(seq: int, **command) -> shard_pb2.ChannelRequest:
+    return shard_pb2.ChannelRequest(generation=1, seq=seq, **command)
+
+
+def part(seq: int, name: str, offset: int, data: bytes) -> shard_pb2.ChannelRequest:
+    return request(seq, part=shard_pb2.TensorPart(tensor=name, offset=offset, data=data))
+
+
+def execute(*inputs: tensor_pb2.Tensor) -> shard_pb2.ExecuteModel:
+    return shard_pb2.ExecuteModel(model="m", inputs=inputs)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+
+X = tensor_pb2.Tensor(name="x", dtype=tensor_pb2.UINT8, shape=[6])
+
+
+def fed(*requests: shard_pb2.ChannelRequest) -> StreamChannel:
+    channel = StreamChannel(1)
+    thread = threading.Thread(target=channel.feed, args=(iter(requests),), daemon=True)
+    thread.start()
+    return channel
+
+
+def test_parts_are_joined() -> None:
+    channel = fed(part(0, "x", 0, b"abc"), part(0, "x", 3, b"def"), request(0, execute=execute(X)))
+    command = channel.receive()
+    assert bytes(channel.inputs(command.execute)["x"].tolist()) == b"abcdef"
+    assert channel.receive() is None
+    assert channel.lost
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [part(0, "x", 0, b"abc")],
+        [part(0, "x", 3, b"def"), part(0, "x", 0, b"abc")],
+        [part(0, "x", 0, b"abcdefg")],
+        [part(1, "x", 0, b"abcdef")],
+        [part(0, "x", 0, b"abcdef"), part(0, "y", 0, b"a")],
+    ],
+    ids=["short", "out of order", "long", "of another command", "of an unknown input"],
+)
+def test_parts_that_do_not_fit_fail_the_command_alone(parts: list[shard_pb2.ChannelRequest]) -> None:
+    good = tensor_pb2.Tensor(name="x", dtype=tensor_pb2.UINT8, shape=[1], data=b"z")
+    channel = fed(*parts, request(0, execute=execute(X)), request(1, execute=execute(good)))
+    with pytest.raises(InvalidRequest):
+        channel.inputs(channel.receive().execute)
+    assert channel.inputs(channel.receive().execute)["x"].tolist() == [ord("z")]
+
+
+def test_an_input_twice() -> None:
+    one = tensor_pb2.Tensor(name="x", dtype=tensor_pb2.UINT8, shape=[1], data=b"z")
+    channel = fed(request(0, execute=execute(one, one)))
+    with pytest.raises(InvalidRequest, match="twice"):
+        channel.inputs(channel.receive().execute)
+
+
+def test_large_outputs_travel_in_parts() -> None:
+    channel = StreamChannel(1)
+    big = torch.arange(PART_BYTES + 8, dtype=torch.uint8)
+    small = torch.ones(2)
+    response = shard_pb2.ChannelResponse(generation=1, seq=0)
+    channel.reply(response, {"big": big, "small": small})
+    channel.close("done")
+    first, second, result, broken = list(channel.answers())
+    assert first.part.data + second.part.data == bytes(tensors.raw(big))
+    assert (first.part.offset, second.part.offset) == (0, PART_BYTES)
+    assert [(output.name, len(output.data)) for output in result.execute.outputs] == [("big", 0), ("small", 8)]
+    assert broken.broken.reason == "done"
+
+
+def test_closing_wakes_a_blocked_receive_and_ends_the_answers() -> None:
+    channel = StreamChannel(1)
+    got: list[object] = []
+    thread = threading.Thread(target=lambda: got.append(channel.receive()))
+    thread.start()
+    channel.close("fenced")
+    channel.close("again")
+    thread.join(5)
+    assert got == [None]
+    assert [answer.broken.reason for answer in channel.answers()] == ["fenced"]
+    assert not channel.lost
+
+
+def test_the_reader_stays_a_command_ahead_and_no_more() -> None:
+    taken: list[int] = []
+
+    def source():
+        for seq in range(10):
+            taken.append(seq)
+            yield request(seq, probe=shard_pb2.Probe())
+
+    channel = StreamChannel(1)
+    thread = threading.Thread(target=channel.feed, args=(source(),), daemon=True)
+    thread.start()
+    for seq in range(10):
+        assert channel.receive().seq == seq
+        assert len(taken) <= seq + 5
+    thread.join(5)
+    assert channel.receive() is None
