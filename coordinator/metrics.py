@@ -26,14 +26,12 @@ _REASON = re.compile(r"[a-z][a-z0-9_]{0,39}")
 class _ModelSeries:
     """The children of one model's label, looked up once."""
 
-    __slots__ = ("codes", "collective", "copy", "forward", "queue", "request", "rows")
+    __slots__ = ("codes", "forward", "queue", "request", "rows")
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self.request = metrics.request_seconds.labels(model)
         self.queue = metrics.queue_seconds.labels(model)
         self.forward = metrics.forward_seconds.labels(model)
-        self.collective = metrics.collective_seconds.labels(model)
-        self.copy = metrics.copy_seconds.labels(model)
         self.rows = metrics.batch_rows.labels(model)
         self.codes: dict[str, Counter] = {}
 
@@ -67,19 +65,7 @@ class Metrics:
             "coordinator_queue_seconds", "From a request's arrival to its dispatch.", QUEUE_BUCKETS, "model"
         )
         self.forward_seconds = histogram(
-            "coordinator_forward_seconds", "The model's forward, on the slowest rank.", REQUEST_BUCKETS, "model"
-        )
-        self.collective_seconds = histogram(
-            "coordinator_collective_seconds",
-            "Collectives within a forward, on the slowest rank.",
-            QUEUE_BUCKETS,
-            "model",
-        )
-        self.copy_seconds = histogram(
-            "coordinator_copy_seconds",
-            "Copies in and out around a forward, on the slowest rank.",
-            QUEUE_BUCKETS,
-            "model",
+            "coordinator_forward_seconds", "From dispatch to the answer of every rank.", REQUEST_BUCKETS, "model"
         )
         self.batch_rows = histogram("coordinator_batch_rows", "Rows joined into one forward.", ROW_BUCKETS, "model")
         self.queue_depth = gauge("coordinator_queue_depth", "Requests waiting for dispatch.")
@@ -114,12 +100,9 @@ class Metrics:
         for waited in queue_seconds:
             series.queue.observe(waited)
 
-    def answered(self, model: str, forward: float, collective: float = 0.0, copy: float = 0.0) -> None:
-        """Every rank answered a forward; the times are the slowest rank's."""
-        series = self._of(model)[1]
-        series.forward.observe(forward)
-        series.collective.observe(collective)
-        series.copy.observe(copy)
+    def answered(self, model: str, seconds: float) -> None:
+        """Every rank answered a forward (or its generation ended), ``seconds`` after its dispatch."""
+        self._of(model)[1].forward.observe(seconds)
 
     def watch(self, queue_depth: Callable[[], float], in_flight: Callable[[], float]) -> None:
         """Reads these two when asked, so that the hot path does not write them."""
