@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from coordinator import inference_codec, inference_models, inference_repository
+from coordinator import inference_codec, inference_models, inference_repository, requests
 from coordinator.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -31,7 +33,7 @@ from coordinator.inference_stream import answer_in_order
 from coordinator.logging import bound
 from coordinator.rpc import REQUEST_ID, Call, call_of
 from coordinator.tracing import Tracing
-from coordinator.types import Buffer, InferResult
+from coordinator.types import InferResult
 from protos.inference import SERVICE_NAME, message, service
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 
@@ -103,48 +105,48 @@ class InferenceService:
         call = call_of(context)
         try:
             decoded = inference_codec.decode(data)
-            result = await self._forward(decoded, call, "ModelInfer")
+            answer = b"".join(inference_codec.encode(await self._forward(decoded, call, "ModelInfer"), decoded.id))
         except Exception as error:
             await abort(context, error, call.request_id)
-        context.set_trailing_metadata(((REQUEST_ID, result.request_id or call.request_id),))
-        return b"".join(inference_codec.encode(result, decoded.id))
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        self._core.metrics.received_bytes.inc(len(data))
+        self._core.metrics.sent_bytes.inc(len(answer))
+        return answer
 
-    async def stream_infer(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        call = call_of(context)
+    async def stream_infer(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        about = call_of(context)
+        number = count(1)
         strict = (STRICT_STREAM, "true") in (context.invocation_metadata() or ())
 
         async def one(data: bytes) -> bytes:
             id = ""
+            call = replace(about, request_id=f"{about.request_id}.{next(number)}")
             try:
                 decoded = inference_codec.decode(data)
                 id = decoded.id
-                pieces: list[Buffer] = inference_codec.encode_streamed(
-                    await self._forward(decoded, call, "ModelStreamInfer"), id
-                )
+                result = await self._forward(decoded, call, "ModelStreamInfer")
+                answer = b"".join(inference_codec.encode_streamed(result, id))
             except Exception as error:
                 shown = describe(error, call.request_id)
                 if strict:
                     raise shown from error
                 return inference_codec.encode_failure(shown, id)
-            return b"".join(pieces)
+            self._core.metrics.received_bytes.inc(len(data))
+            self._core.metrics.sent_bytes.inc(len(answer))
+            return answer
 
         try:
-            async with aclosing(answer_in_order(requests, one)) as answers:
+            async with aclosing(answer_in_order(messages, one)) as answers:
                 async for answer in answers:
                     yield answer
         except ServiceError as error:
-            await abort(context, error, call.request_id)
+            await abort(context, error, about.request_id)
 
     async def _forward(self, decoded: inference_codec.Decoded, call: Call, method: str) -> InferResult:
-        request = decoded.request
-        request.request_id = call.request_id
-        request.trace_context = call.trace_context
-        request.deadline = call.deadline
         if decoded.timeout is not None:
-            patience = asyncio.get_running_loop().time() + decoded.timeout
-            request.deadline = patience if call.deadline is None else min(patience, call.deadline)
+            decoded.request.deadline = asyncio.get_running_loop().time() + decoded.timeout
         try:
-            return await self._tracing.forward(self._core, request, method)
+            return await requests.run(self._core, self._tracing, decoded.request, call, method)
         except FailedPrecondition as error:
             raise Unavailable(error.message) from error
 
@@ -196,9 +198,9 @@ class InferenceService:
         reasons = {model.name: model.reason for model in self._core.health().models}
         return inference_models.index(self._core.models(), reasons, request.ready)
 
-    async def RepositoryModelLoad(self, request: Any, _call: Call) -> Any:
+    async def RepositoryModelLoad(self, request: Any, call: Call) -> Any:
         load = inference_repository.load_request(request)
-        async for _progress in self._core.load(load):
+        async for _progress in self._core.load(load, call.request_id):
             pass
         return _answer("RepositoryModelLoadResponse")
 

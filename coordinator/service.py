@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeAlias
@@ -10,10 +9,9 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from coordinator import codec
+from coordinator import codec, requests
 from coordinator.core import Core
-from coordinator.errors import InvalidArgument, ServiceError, abort, describe
-from coordinator.logging import get_logger
+from coordinator.errors import InvalidArgument, ServiceError, abort
 from coordinator.rpc import REQUEST_ID, Call, call_of
 from coordinator.streaming import answer_stream
 from coordinator.tracing import Tracing
@@ -80,31 +78,13 @@ class CoordinatorService:
         return answer
 
     async def run(self, request: InferRequest, call: Call, method: str) -> InferResult:
-        """One forward, logged and counted. Raises ServiceError."""
-        request.request_id, request.deadline, request.trace_context = call.request_id, call.deadline, call.trace_context
-        started = time.perf_counter()
-        code = "CANCELLED"
-        try:
-            result = await self._tracing.forward(self._core, request, method)
-            code = "OK"
-            result.request_id = call.request_id
-            return result
-        except Exception as error:
-            shown = describe(error, call.request_id)
-            code = shown.code.name
-            get_logger().warning("forward_failed", model=request.model, request_id=call.request_id, error=shown.message)
-            raise shown from None
-        finally:
-            seconds = time.perf_counter() - started
-            self._core.metrics.request_finished(request.model, code, seconds)
-            get_logger().info(
-                "forward", model=request.model, request_id=call.request_id, seconds=round(seconds, 6), status=code
-            )
+        """One forward, traced, logged and counted. Raises ServiceError."""
+        return await requests.run(self._core, self._tracing, request, call, method)
 
-    async def forward_stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+    async def forward_stream(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         call = call_of(context)
         try:
-            async with aclosing(answer_stream(self, requests, call)) as answers:
+            async with aclosing(answer_stream(self, messages, call)) as answers:
                 async for answer in answers:
                     yield answer
         except ServiceError as error:

@@ -16,6 +16,7 @@ import numpy as np
 from coordinator import errors
 from coordinator.dtypes import DataType, from_inference_name
 from coordinator.inference_service import inference_handler
+from coordinator.metrics import Metrics
 from coordinator.types import InferResult, ModelStatistics, RegionRef, TensorValue, Timings
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 
@@ -61,6 +62,7 @@ class FakeCore:
         self.unloaded = {}
         self.shared = {}
         self.seen = []
+        self.metrics = Metrics()
         self.failure = None
         self.hold = asyncio.Event()
         self.hold.set()
@@ -138,7 +140,7 @@ class FakeCore:
             self._map(region, array.nbytes)[:] = array.tobytes()
         return value
 
-    async def load(self, request):
+    async def load(self, request, request_id=""):
         self.seen.append(request)
         if request.name in self.unloaded:
             self.loaded[request.name] = self.unloaded.pop(request.name)
