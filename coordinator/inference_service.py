@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from coordinator.logging import bound
 from coordinator.rpc import REQUEST_ID, Call, call_of
 from coordinator.tracing import Tracing
 from coordinator.types import InferResult
+from coordinator.version import DISTRIBUTION, version
 from protos.inference import SERVICE_NAME, message, service
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 Context = grpc.aio.ServicerContext[Any, Any]
 Unary = Callable[[Any, Call], Awaitable[Any]]
 
-SERVER_NAME = "tensor-parallel-service"
 EXTENSIONS = (
     *("model_repository", "model_repository(unload_dependents)", "model_configuration", "system_shared_memory"),
     *("statistics", "parameters", "binary_tensor_data"),
@@ -166,7 +165,7 @@ class InferenceService:
         return _answer("ModelReadyResponse", ready=known.serving and bool(self._core.is_serving(request.name)))
 
     async def ServerMetadata(self, _request: Any, _call: Call) -> Any:
-        return _answer("ServerMetadataResponse", name=SERVER_NAME, version=server_version(), extensions=EXTENSIONS)
+        return _answer("ServerMetadataResponse", name=DISTRIBUTION, version=version(), extensions=EXTENSIONS)
 
     async def ModelMetadata(self, request: Any, _call: Call) -> Any:
         info = self._model(request.name, request.version)
@@ -244,10 +243,3 @@ class InferenceService:
 
     async def CudaSharedMemoryUnregister(self, _request: Any, _call: Call) -> Any:
         return _answer("CudaSharedMemoryUnregisterResponse")
-
-
-def server_version() -> str:
-    try:
-        return version(SERVER_NAME)
-    except PackageNotFoundError:
-        return "unknown"

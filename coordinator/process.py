@@ -13,6 +13,7 @@ from coordinator.logging import get_logger
 from coordinator.metrics import Metrics, MetricsServer
 from coordinator.server import Server, identity, write_port_file
 from coordinator.tracing import from_environment
+from coordinator.version import version
 
 FAREWELL = 1.0  # seconds for the last answers to leave
 
@@ -26,7 +27,7 @@ async def serve(config: Config) -> int:
     log.info("starting", pid=os.getpid(), ranks=config.world_size, listen=config.listen)
     desired = DesiredState(config.state_dir)
     server = Server(config)
-    metrics = Metrics()
+    metrics = Metrics(version=version())
     exporter = _exporter(config, metrics)
     core = Core(config, metrics, desired, identity(server.address))
     tracing = from_environment()
