@@ -10,6 +10,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import ProcessGroupGloo, Store
 
+from tensor_parallel.backends.rendezvous import is_timeout, wait_for_keys
 from tensor_parallel.backends.torch_group import TorchGroupBackend
 from tensor_parallel.errors import CollectiveTimeout, PeerLost
 
@@ -37,11 +38,11 @@ class GlooBackend(TorchGroupBackend):
             process_group = ProcessGroupGloo(store, rank, world_size, _options(timeout, host))
         except RuntimeError as error:
             detail = str(error).partition("\n")[0]
-            kind = CollectiveTimeout if "timed out" in detail.lower() or "timeout" in detail.lower() else PeerLost
+            kind = CollectiveTimeout if is_timeout(detail) else PeerLost
             raise kind(f"rank {rank} of {world_size} could not form a gloo group: {detail}") from error
         super().__init__(process_group, rank, world_size, "gloo")
         opened = [fd for fd, inode in _open_sockets().items() if before.get(fd) != inode]
-        self._connections = _mesh_connections(opened, store, rank, world_size)
+        self._connections = _mesh_connections(opened, store, rank, world_size, timeout)
 
     def close(self) -> None:
         super().close()
@@ -77,7 +78,9 @@ def _open_sockets() -> dict[int, str]:
     return sockets
 
 
-def _mesh_connections(opened: list[int], store: Store, rank: int, world_size: int) -> list[socket.socket]:
+def _mesh_connections(
+    opened: list[int], store: Store, rank: int, world_size: int, timeout: timedelta
+) -> list[socket.socket]:
     """Duplicates of this group's connections among the sockets ``opened`` while it was formed.
 
     Other threads open sockets too. A connection is the group's when one of its ends is the port that a member listens
@@ -96,9 +99,9 @@ def _mesh_connections(opened: list[int], store: Store, rank: int, world_size: in
             else:
                 ours.append(candidate)
     store.set(f"listening/{rank}", ",".join(map(str, ports)))
-    members = {
-        int(port) for peer in range(world_size) for port in store.get(f"listening/{peer}").decode().split(",") if port
-    }
+    names = [f"listening/{peer}" for peer in range(world_size)]
+    wait_for_keys(store, names, timeout)
+    members = {int(port) for name in names for port in store.get(name).decode().split(",") if port}
     return [connection for connection in ours if _joins(connection, members)]
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import Store
 
+from tensor_parallel.backends.rendezvous import wait_for_keys
 from tensor_parallel.errors import CollectiveTimeout, PeerLost
 
 _SEALS = 0x0002 | 0x0004 | 0x0001  # F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL: nobody can cut the mapping short
@@ -54,7 +55,7 @@ def exchange_hosts(store: Store, mine: Host, rank: int, world_size: int, timeout
     """Every rank's host, in rank order."""
     store.set(f"host/{rank}", json.dumps([mine.identity, mine.cores]))
     names = [f"host/{peer}" for peer in range(world_size)]
-    _wait(store, names, timeout)
+    wait_for_keys(store, names, timeout)
     return [Host(identity, tuple(cores)) for identity, cores in (json.loads(store.get(name)) for name in names)]
 
 
@@ -125,7 +126,7 @@ def _give(store: Store, size: int, world_size: int, timeout: timedelta, prefix: 
 
 def _take(store: Store, rank: int, world_size: int, timeout: timedelta) -> Shared:
     deadline = time.monotonic() + timeout.total_seconds()
-    _wait(store, ["shm"], timeout)
+    wait_for_keys(store, ["shm"], timeout)
     name, token = json.loads(store.get("shm"))
     with _socket() as connection:
         connection.settimeout(_left(deadline))
@@ -164,13 +165,3 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
-
-
-def _wait(store: Store, keys: list[str], timeout: timedelta) -> None:
-    """``Store.wait`` raises what its kind of store pleases."""
-    try:
-        store.wait(keys, timeout)
-    except RuntimeError as error:
-        if "timeout" in str(error).lower() or "timed out" in str(error).lower():
-            raise CollectiveTimeout(f"waited {timeout} for {', '.join(keys)} in the store") from error
-        raise PeerLost(f"the store is gone: {str(error).partition(chr(10))[0]}") from error

@@ -19,6 +19,7 @@ from tensor_parallel.backends.layout import (
     row_bytes,
     split_for_ranks,
 )
+from tensor_parallel.backends.rendezvous import is_timeout
 from tensor_parallel.errors import CollectiveAborted, CollectiveError, CollectiveTimeout, PeerLost
 
 
@@ -120,7 +121,7 @@ class TorchGroupBackend:
         if self._aborted is not None:
             raise CollectiveAborted(self._describe(operation, self._aborted)) from error
         detail = str(error).partition("\n")[0] or type(error).__name__
-        kind: type[CollectiveError] = CollectiveTimeout if "timed out" in detail.lower() else PeerLost
+        kind: type[CollectiveError] = CollectiveTimeout if is_timeout(detail) else PeerLost
         self.abort(f"an earlier {operation} failed: {detail}")
         raise kind(self._describe(operation, detail)) from error
 

@@ -41,6 +41,7 @@ from tensor_parallel.group import Backend, Group
 _PATIENCE = timedelta(seconds=20)
 _GRACE = 3.0  # seconds the other ranks get to finish once one has failed
 _groups: dict[str, Group] = {}  # of a rank process, by backend kind
+_clients: dict[int, TCPStore] = {}  # of a rank process, by port
 
 
 class RankFailed(AssertionError):
@@ -58,8 +59,9 @@ class Place:
 
     def store(self, name: str = "") -> Store:
         """A store that all ranks of this run share, and no other run; ``name`` keeps generations apart."""
-        client = TCPStore("127.0.0.1", self.store_port, None, False, _PATIENCE)
-        return PrefixStore(f"{self.run}/{name}", client)
+        if self.store_port not in _clients:  # making one may cost seconds of name look-up
+            _clients[self.store_port] = TCPStore("127.0.0.1", self.store_port, None, False, _PATIENCE)
+        return PrefixStore(f"{self.run}/{name}", _clients[self.store_port])
 
     def form(self, kind: str = "gloo", name: str = "", timeout: timedelta = _PATIENCE) -> Backend:
         """A new backend. The caller closes it."""
@@ -108,6 +110,10 @@ class Ranks:
     @property
     def pids(self) -> list[int]:
         return [process.pid or 0 for process in self.processes]
+
+    def wait_for(self, *keys: str) -> None:
+        """Until the function that runs has set ``keys`` in ``place.store()``."""
+        PrefixStore(f"run{self._runs}/", self._server).wait(list(keys), _PATIENCE)
 
     def run(
         self, function: Callable[..., Any], *args: Any, timeout: float = 30, may_die: Collection[int] = ()
