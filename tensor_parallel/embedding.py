@@ -104,11 +104,9 @@ class VocabParallelEmbedding(PlacedModule):
         _check_ids(ids, self.num_embeddings)
         start, stop = self.shard_range
         group = self.group
-        if start == stop:
-            partial = self.weight.new_zeros(*ids.shape, self.embedding_dim)
-            return all_reduce_sum(
-                partial.requires_grad_(self.weight.requires_grad and torch.is_grad_enabled()), group, in_place=True
-            )
+        if start == stop:  # more ranks than words: nothing to add, but still part of the sum and of its backward
+            nothing = self.weight.new_zeros(*ids.shape, self.embedding_dim) + self.weight.sum()
+            return all_reduce_sum(nothing, group, in_place=True)
         elsewhere = (ids < start) | (ids >= stop)
         rows = functional.embedding((ids - start).masked_fill(elsewhere, 0), self.weight, self._local_padding())
         return all_reduce_sum(rows.masked_fill(elsewhere.unsqueeze(-1), 0), group, in_place=True)
