@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tensor_parallel.checkpoint.constraints import Constraints
 from tensor_parallel.checkpoint.huggingface_files import read_config, read_tensors
 from tensor_parallel.checkpoint.options import SourceOptions
 from tensor_parallel.checkpoint.source import Source, given_inputs
@@ -47,7 +48,7 @@ class HuggingFaceSource(Source):
         dtype = self._library.serving_dtype(self._config, self._stored, self.options.dtype)
         resolved = self._library.resolve(self._class, self._config, self._stored, dtype)
         self.unused = resolved.unused
-        self._inferred = self._infer(resolved.model)
+        self._inferred, self._constraints = self._infer(resolved.model)
         return resolved.model, resolved.tensors
 
     def _describe(self) -> Mapping[str, object]:
@@ -62,18 +63,23 @@ class HuggingFaceSource(Source):
         self.tensors()
         return dict(self._inferred)
 
+    def constraints(self) -> Constraints:
+        self.tensors()
+        return self._constraints
+
     def default_inputs(self) -> Mapping[str, tuple[str, int]]:
         from tensor_parallel.checkpoint.huggingface_inputs import DEFAULTS
 
         names = self.example_inputs()
         return {name: (like, value) for name, (like, value) in DEFAULTS.items() if name in names and like in names}
 
-    def _infer(self, model: nn.Module) -> dict[str, Tensor]:
-        from tensor_parallel.checkpoint.huggingface_inputs import infer_inputs
+    def _infer(self, model: nn.Module) -> tuple[dict[str, Tensor], Constraints]:
+        from tensor_parallel.checkpoint.huggingface_inputs import infer_constraints, infer_inputs
 
         if self.options.inputs:
-            return given_inputs(self.options.inputs)
+            return given_inputs(self.options.inputs), Constraints()
         inputs = infer_inputs(model)
         if unknown := [name for name in self.options.input_names if name not in inputs]:
             raise InvalidInput(f"option inputs: {type(model).__name__} has no inferred input {', '.join(unknown)}")
-        return {name: inputs[name] for name in self.options.input_names or inputs}
+        kept = {name: inputs[name] for name in self.options.input_names or inputs}
+        return kept, infer_constraints(model, kept)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tensor_parallel.checkpoint.constraints import Constraints
 from tensor_parallel.checkpoint.options import random_input
 from tensor_parallel.errors import InvalidInput
 
@@ -38,6 +40,37 @@ def infer_inputs(model: Any) -> dict[str, Tensor]:
         "decoder_input_ids": lambda: _ids(max(2, length - 4), model, text),
     }
     return {name: makers[name]() for name in _wanted(model, accepted, config) if name in accepted}
+
+
+def infer_constraints(model: Any, inputs: Mapping[str, Tensor]) -> Constraints:
+    """Text inputs share batch and length; no text is longer than a table of positions that the model learnt.
+
+    A lookup past such a table would be an error of the whole model, or zeros where the table is divided.
+    """
+    shapes: dict[str, tuple[int | str, ...]] = {}
+    for name in ("input_ids", "attention_mask", "token_type_ids", "bbox"):
+        if name in inputs and "input_ids" in inputs:
+            shapes[name] = ("batch", "length", *inputs[name].shape[2:])
+    if "decoder_input_ids" in inputs:
+        shapes["decoder_input_ids"] = ("batch" if shapes else "decoder batch", "decoder length")
+    limit = _longest_text(model)
+    return Constraints(shapes, {symbol: (1, limit) for symbol in ("length", "decoder length")})
+
+
+def _longest_text(model: Any) -> int | None:
+    """Rows of the smallest learnt position table, recognised by its size, less those that no position uses."""
+    text = model.config.get_text_config()
+    named = ("max_position_embeddings", "n_positions", "max_target_positions")
+    sizes = {size for name in named if isinstance(size := getattr(text, name, None), int)}
+    limits = []
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) or module is model.get_input_embeddings():
+            continue
+        offset = getattr(module, "offset", 0)
+        if module.num_embeddings - offset in sizes:
+            unused = 0 if module.padding_idx is None or offset else module.padding_idx + 1
+            limits.append(module.num_embeddings - offset - unused)
+    return min(limits, default=None)
 
 
 def _wanted(model: Any, accepted: Any, config: Any) -> list[str]:

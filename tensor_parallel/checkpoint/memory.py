@@ -30,3 +30,48 @@ def _advise_huge(address: int, nbytes: int) -> None:
     length = (address + nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
     if length > 0:  # refusal (huge pages switched off) costs nothing but speed
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_HUGEPAGE))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can be allocated on ``device`` now, or ``None`` where that is not known.
+
+    Of a host: what the kernel can free for us, and no more than the container's limit leaves. Asked before a load,
+    since a host without memory kills a process of its choice instead of failing an allocation.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu" or sys.platform != "linux":
+        return None
+    limits = [_kernel_value("/proc/meminfo", "MemAvailable:", 1024)]
+    ceiling, used = _plain_value("/sys/fs/cgroup/memory.max"), _plain_value("/sys/fs/cgroup/memory.current")
+    if ceiling is not None and used is not None:
+        reclaimable = _kernel_value("/sys/fs/cgroup/memory.stat", "inactive_file", 1) or 0
+        limits.append(max(0, ceiling - used + reclaimable))
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has used: allocated on a GPU, resident on a host."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return _kernel_value("/proc/self/status", "VmHWM:", 1024) or 0
+
+
+def _kernel_value(path: str, key: str, unit: int) -> int | None:
+    try:
+        with open(path, encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith(key):
+                    return int(line.split()[1]) * unit
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _plain_value(path: str) -> int | None:
+    try:
+        with open(path, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):  # "max" where there is no limit
+        return None

@@ -1,0 +1,188 @@
+"""One rank's part of a served model: planned, loaded by slices, and run. What a daemon calls, and all it has to
+know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tensor_parallel.checkpoint.load import Progress, load_shards
+from tensor_parallel.checkpoint.memory import available_bytes, peak_bytes
+from tensor_parallel.checkpoint.source import Source
+from tensor_parallel.errors import DoesNotFit, InvalidInput, LoadCancelled, PlanError, TensorParallelError
+from tensor_parallel.group import Group
+from tensor_parallel.planner.plan import InputSpec, OutputSpec, Plan
+from tensor_parallel.planner.shard import Shard
+from tensor_parallel.planner.specs import output_names
+from tensor_parallel.requests import RequestChecker
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """``verify``: compare a truncated sharded replica with the unsharded model when planning. ``threads``: of the
+    reader.
+    """
+
+    verify: bool = True
+    threads: int | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> ServingOptions:
+        """From a plain mapping. Raises :class:`InvalidInput` naming what is unknown or malformed."""
+        if unknown := sorted(map(str, set(options) - {"verify", "threads"})):
+            raise InvalidInput(f"unknown serving option {', '.join(unknown)}")
+        verify, threads = options.get("verify", True), options.get("threads")
+        if not isinstance(verify, bool):
+            raise InvalidInput("option verify must be true or false")
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= 64):
+            raise InvalidInput("option threads must be from 1 to 64")
+        return cls(verify, threads)
+
+
+@dataclass
+class ServedModel:
+    """A rank's weights and program. ``run`` is for one thread; everything else may be called from any.
+
+    The weights outlive any group: ``run`` uses whatever backend the :class:`Group` given to :func:`load_model` is
+    bound to at that moment, and raises :class:`~tensor_parallel.errors.GroupUnbound` when there is none.
+    """
+
+    plan: Plan
+    source_digest: str
+    shard_digest: str
+    """XXH3 of every byte this rank holds: equal if and only if the same rank of the same plan holds the same
+    weights.
+    """
+    bytes_held: int
+    unused: tuple[str, ...]
+    checker: RequestChecker
+    device: torch.device
+    _module: nn.Module = field(repr=False)
+    _names: dict[pytree.TreeSpec, list[str]] = field(default_factory=dict, repr=False)
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """What a request holds. ``optional_inputs`` of it may be left out."""
+        return self.plan.inputs
+
+    @property
+    def optional_inputs(self) -> frozenset[str]:
+        """Inputs filled with the value the model itself assumes: an attention mask with ones, segment ids with
+        zeros.
+        """
+        return self.checker.optional
+
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """What ``run`` gives; an output with a ``shard`` is this rank's part, to be joined along ``shard.dim`` by
+        index.
+        """
+        return self.plan.outputs
+
+    @property
+    def plan_digest(self) -> str:
+        """Equal on every rank, or the ranks must not serve together."""
+        return self.plan.digest()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory this process has used so far: of the device on a GPU, resident on a CPU."""
+        return peak_bytes(self.device)
+
+    def validate(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raises :class:`InvalidInput` naming the field; see :meth:`RequestChecker.check`. Runs nothing."""
+        self.checker.check(inputs)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's outputs for a valid request, on ``device``; every rank must run the same one. Absent results
+        are left out.
+        """
+        full = self.checker.complete(inputs)
+        with torch.inference_mode():
+            placed = {name: self._placed(value) for name, value in full.items()}
+            return self._named(self._module(**placed))
+
+    def _placed(self, value: Tensor) -> Tensor:
+        if value.device == self.device:
+            return value
+        if self.device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
+            value = value.pin_memory()  # else the copy below would wait for itself
+        return value.to(self.device, non_blocking=True)
+
+    def _named(self, result: Any) -> dict[str, Tensor]:
+        leaves, spec = pytree.tree_flatten(result)
+        if spec not in self._names:
+            self._names[spec] = output_names(spec)
+        return {name: leaf for name, leaf in zip(self._names[spec], leaves, strict=True) if isinstance(leaf, Tensor)}
+
+
+def load_model(
+    source: Source,
+    *,
+    world_size: int,
+    rank: int,
+    device: torch.device,
+    group: Group,
+    options: Mapping[str, Any] | ServingOptions | None = None,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> ServedModel:
+    """Plan ``source`` for ``world_size`` ranks and load this rank's part onto ``device``. Communicates with nobody.
+
+    ``progress(bytes_done, bytes_total)``, of bytes held, and ``cancelled()`` are called from this thread. Outputs
+    stay divided where the plan leaves them so. Raises :class:`~tensor_parallel.errors.CheckpointError`,
+    :class:`PlanError`, :class:`InvalidInput` for a malformed option, :class:`DoesNotFit` and
+    :class:`LoadCancelled`; what was loaded is then freed.
+    """
+    from tensor_parallel.planner import instantiate, make_plan
+
+    parsed = options if isinstance(options, ServingOptions) else ServingOptions.parse(options or {})
+    stop = cancelled or (lambda: False)
+    model = source.build_meta()
+    _stop_if(stop)
+    plan = _planned(make_plan, model, source, world_size, parsed)
+    _stop_if(stop)
+    _refuse_if_too_large(plan, rank, device)
+    loaded = load_shards(
+        source, plan.shards, rank, device=device, progress=progress, cancelled=stop, threads=parsed.threads
+    )
+    parts = dict(loaded.tensors)
+
+    def read(name: str, shard: Shard) -> Tensor:
+        return parts.pop(name)
+
+    module = instantiate(plan, model, rank=rank, group=group, read=read, device=device)
+    checker = RequestChecker(plan.inputs, source.constraints(), source.default_inputs())
+    return ServedModel(
+        plan, source.digest(), loaded.digest, loaded.nbytes, source.unused, checker, device, module.eval()
+    )
+
+
+def _planned(
+    make_plan: Callable[..., Plan], model: nn.Module, source: Source, world_size: int, options: ServingOptions
+) -> Plan:
+    try:
+        return make_plan(model, source.example_inputs(), world_size, gather_outputs=False, verify=options.verify)
+    except TensorParallelError:
+        raise
+    except Exception as error:  # tracing runs the model's own code, which raises anything for inputs it does not take
+        raise PlanError(f"{source.path.name} cannot be planned: {type(error).__name__}: {error}") from error
+
+
+def _refuse_if_too_large(plan: Plan, rank: int, device: torch.device) -> None:
+    needed, available = plan.bytes_per_rank[rank], available_bytes(device)
+    if available is not None and needed > available:
+        raise DoesNotFit(
+            f"rank {rank}'s part has {needed / 2**30:.2f} GiB, of which {available / 2**30:.2f} GiB fit on {device} now"
+        )
+
+
+def _stop_if(cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise LoadCancelled("the load was cancelled")
