@@ -1,0 +1,171 @@
+"""From a program to the Python function one rank runs.
+
+Plain generated source, one line per step: the fastest thing to call and easy to read (``module.source``). Values are dropped after
+their last use, so that activations live as long as in eager code.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tensor_parallel.group import Group
+from tensor_parallel.planner.program import PerRank, Program, Ref, Step, refs_in
+
+aten = torch.ops.aten
+
+_DIRECT: dict[Any, Callable[..., Any]] = {
+    # The same kernels by a shorter way than the dispatcher's Python overloads.
+    aten.linear.default: torch._C._nn.linear,
+    aten.reshape.default: torch.reshape,
+    aten.view.default: torch.reshape,
+    aten._unsafe_view.default: torch.reshape,
+    aten.transpose.int: torch.transpose,
+    aten.permute.default: torch.permute,
+    aten.unsqueeze.default: torch.unsqueeze,
+    aten.add.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.mul.Tensor: torch.mul,
+    aten.div.Tensor: torch.div,
+    aten.matmul.default: torch.matmul,
+    aten.rsqrt.default: torch.rsqrt,
+    aten.pow.Tensor_Scalar: torch.pow,
+    aten.mean.dim: torch.mean,
+    aten.silu.default: torch._C._nn.silu,
+    aten.gelu.default: torch._C._nn.gelu,
+    aten.relu.default: torch.relu,
+    aten.neg.default: torch.neg,
+    aten.cat.default: torch.cat,
+    aten.scaled_dot_product_attention.default: torch._C._nn.scaled_dot_product_attention,
+    aten.layer_norm.default: torch.layer_norm,
+    aten.embedding.default: torch.embedding,
+    aten.tanh.default: torch.tanh,
+}
+
+
+def _getitem(value: Any, index: int) -> Any:
+    return value[index]
+
+
+def generate(
+    program: Program, rank: int, group: Group, device: torch.device, tag: str, *, record_entries: bool
+) -> tuple[Callable[..., Any], str]:
+    """``fn(inputs, states, constants) -> (outputs, updates)`` for ``rank``, and its source.
+
+    With ``record_entries`` False the steps that matter to gradients only are left out.
+    """
+    from tensor_parallel.planner.runtime import Enter
+
+    scope: dict[str, Any] = {}
+    names: dict[int, str] = {}
+    alias: dict[int, int] = {}
+    writer = _Writer(scope, rank, device, alias)
+    steps: list[Step] = []
+    for step in program.steps:
+        if isinstance(step.fn, Enter) and not record_entries:
+            alias[step.out] = _root(alias, step.args[0].id)
+        else:
+            steps.append(step)
+    last = _last_uses(steps, program, alias)
+    lines = ["def forward(inputs, states, constants):"]
+    for what, numbers in (
+        ("inputs", program.inputs),
+        ("states", list(program.states.values())),
+        ("constants", list(program.constants.values())),
+    ):
+        if numbers:
+            lines.append(f"    {', '.join(f'v{n}' for n in numbers)}, = {what}")
+    for step in steps:
+        lines.append("    " + writer.statement(step, group))
+        dead = [n for n in last.get(step.out, ()) if n != step.out]
+        if dead:
+            lines.append("    " + " = ".join(f"v{n}" for n in dead) + " = None")
+    outputs = writer.expression(list(program.outputs))
+    updates = writer.expression(list(program.updates.values()))
+    lines.append(f"    return {outputs}, {updates}")
+    source = "\n".join(lines) + "\n"
+    filename = f"<planned forward {tag} rank {rank}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    exec(compile(source, filename, "exec"), scope)  # noqa: S102  our own source, from our own plan
+    del names
+    return scope["forward"], source
+
+
+def _root(alias: dict[int, int], number: int) -> int:
+    return alias.get(number, number)
+
+
+def _last_uses(steps: list[Step], program: Program, alias: dict[int, int]) -> dict[int, list[int]]:
+    """By step result: the values nobody needs after that step."""
+    keep = set(program.inputs) | set(program.states.values()) | set(program.constants.values())
+    when: dict[int, int] = {}
+    for step in steps:
+        for number in refs_in(step):
+            when[_root(alias, number)] = step.out
+        when.setdefault(step.out, step.out)
+    for ref in [*program.outputs, *program.updates.values()]:
+        if isinstance(ref, Ref):
+            keep.add(_root(alias, ref.id))
+    result: dict[int, list[int]] = defaultdict(list)
+    for number, at in when.items():
+        if number not in keep:
+            result[at].append(number)
+    return result
+
+
+class _Writer:
+    def __init__(self, scope: dict[str, Any], rank: int, device: torch.device, alias: dict[int, int]) -> None:
+        self.scope, self.rank, self.device, self.alias = scope, rank, device, alias
+        self._known: dict[Any, str] = {}
+
+    def statement(self, step: Step, group: Group) -> str:
+        import operator
+
+        if step.fn is operator.getitem and isinstance(step.args[1], int):
+            return f"v{step.out} = {self.expression(step.args[0])}[{step.args[1]}]"
+        if hasattr(step.fn, "simulate"):
+            run, collective = step.fn.run, step.fn
+            name = self.constant(_bound(run, group), f"{collective.kind}_{step.out}")
+        else:
+            fn = _DIRECT.get(step.fn, step.fn)
+            name = self.function(fn)
+        parts = [self.expression(a) for a in step.args]
+        parts += [f"{key}={self.expression(value)}" for key, value in step.kwargs.items()]
+        return f"v{step.out} = {name}({', '.join(parts)})"
+
+    def function(self, fn: Any) -> str:
+        if fn not in self._known:
+            base = getattr(fn, "__name__", "fn").replace(".", "_")
+            name = f"{base}_{len(self._known)}"
+            self._known[fn] = name
+            self.scope[name] = fn
+        return self._known[fn]
+
+    def constant(self, value: Any, name: str) -> str:
+        self.scope[name] = value
+        return name
+
+    def expression(self, value: Any) -> str:
+        if isinstance(value, Ref):
+            return f"v{_root(self.alias, value.id)}"
+        if isinstance(value, PerRank):
+            return self.expression(value.values[self.rank])
+        if isinstance(value, list):
+            return "[" + ", ".join(self.expression(v) for v in value) + "]"
+        if type(value) is tuple:
+            return "(" + "".join(self.expression(v) + ", " for v in value) + ")"
+        if value is None or isinstance(value, (bool, int, str)):
+            return repr(value)
+        if isinstance(value, float) and value == value and abs(value) != float("inf"):
+            return repr(value)
+        if isinstance(value, torch.device):
+            value = self.device
+        return self.constant(value, f"c{len(self.scope)}")
+
+
+def _bound(run: Callable[..., Any], group: Group) -> Callable[[Any], Any]:
+    return lambda value: run(group, value)

@@ -1,0 +1,230 @@
+"""Tracing a model into one functional graph of ATen operations, without its weights.
+
+``torch.export`` with free batch and sequence dimensions, then ``run_decompositions({})``, which functionalises and keeps composite
+operations such as ``linear`` whole. Parameters are traced as reserved address space (``reserve``), so a model of any size costs
+megabytes. Mutation that remains after functionalisation is refused: a gathered copy would silently break its aliasing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from tensor_parallel.errors import PlanError
+from tensor_parallel.planner.reserve import tracing_settings
+
+log = logging.getLogger(__name__)
+
+Shapes = tuple[tuple[int, ...], ...]
+"""A tensor's shape at each assignment of the free sizes."""
+
+
+@dataclass
+class Traced:
+    """A functional graph and everything needed to call it."""
+
+    graph: fx.Graph
+    module: fx.GraphModule
+    inputs: list[fx.Node | None]  # placeholder per flat user input; None when the leaf is a constant
+    states: dict[str, tuple[fx.Node, bool]]  # name -> (placeholder, is a parameter)
+    constants: dict[str, tuple[fx.Node, Tensor]]
+    outputs: list[Any]  # flat user outputs: nodes or constants
+    updates: dict[str, fx.Node]  # mutated buffers
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    example: list[Any]  # flat example inputs
+    assignments: tuple[dict[sympy.Symbol, int], ...]
+    _cache: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+
+    def values(self, size: Any) -> tuple[int, ...]:
+        """A symbolic size at each assignment."""
+        if isinstance(size, (int, float, bool)):
+            return (size,) * len(self.assignments)  # type: ignore[return-value]
+        expr = size.node.expr
+        known = self._cache.get(expr)
+        if known is None:
+            known = tuple(_evaluate(expr, assignment) for assignment in self.assignments)
+            self._cache[expr] = known
+        return known
+
+    def shapes(self, fake: Tensor) -> Shapes:
+        per_dim = [self.values(size) for size in fake.shape]
+        return tuple(tuple(dim[k] for dim in per_dim) for k in range(len(self.assignments)))
+
+
+def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+    """Trace ``model`` called as ``model(*args, **kwargs)``, with as many dimensions left free as it allows.
+
+    Raises :class:`PlanError` when the model cannot be expressed as one functional graph.
+    """
+    failures: list[str] = []
+    for example_args, example_kwargs, free in _attempts(args, kwargs):
+        try:
+            exported = _export(model, example_args, example_kwargs, free)
+        except Exception as error:  # noqa: BLE001  tracing runs arbitrary model code: any failure means "not this way"
+            failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+            log.debug("tracing failed (free dims: %s): %s", free, failures[-1])
+            if _hopeless(error):
+                break
+            continue
+        return _collect(exported, example_args, example_kwargs)
+    raise PlanError(f"{type(model).__name__} does not export: {failures[0] if failures else 'no attempt was possible'}")
+
+
+def _attempts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any], str]]:
+    """Example inputs and which dimensions to leave free, best first."""
+    tries: list[tuple[tuple[Any, ...], dict[str, Any], str]] = []
+    widened = _widen(tuple(args), dict(kwargs))
+    if widened is not None:
+        tries.append((*widened, "all"))
+    tries.append((tuple(args), dict(kwargs), "all"))
+    tries.append((tuple(args), dict(kwargs), "batch"))
+    tries.append((tuple(args), dict(kwargs), "none"))
+    return tries
+
+
+def _widen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A batch of one would be traced as the constant 1: trace with two."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not tensors or any(t.ndim == 0 or t.shape[0] != 1 for t in tensors):
+        return None
+    twice = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), (args, kwargs))
+    return twice[0], twice[1]
+
+
+def _hopeless(error: Exception) -> bool:
+    """Failures that fixing sizes cannot cure: control flow that depends on values."""
+    return type(error).__name__ in ("GuardOnDataDependentSymNode", "DynamicOutputShapeException")
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: str) -> torch.export.ExportedProgram:
+    auto = torch.export.Dim.AUTO
+
+    def dims(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return None
+        return {d: auto for d in range(leaf.ndim if free == "all" else min(leaf.ndim, 1) if free == "batch" else 0)} or None
+
+    shapes = None
+    if free != "none":
+        named = dict(zip(_positional_names(model, len(args)), args, strict=False)) | kwargs
+        shapes = {name: pytree.tree_map(dims, value) for name, value in named.items()}
+    loggers = [logging.getLogger(name) for name in ("torch.fx", "torch._export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # a failed attempt is an answer here, not an error to print
+    try:
+        # Under no_grad the trace has no nested regions for no_grad blocks; gradients never depend on it.
+        with torch.no_grad(), tracing_settings():
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return exported.run_decompositions({})
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _positional_names(model: nn.Module, count: int) -> list[str]:
+    import inspect
+
+    return list(itertools.islice(inspect.signature(model.forward).parameters, count))
+
+
+def _collect(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    signature = exported.graph_signature
+    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    inputs: list[fx.Node | None] = []
+    states: dict[str, tuple[fx.Node, bool]] = {}
+    constants: dict[str, tuple[fx.Node, Tensor]] = {}
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        kind = spec.kind.name
+        if kind == "USER_INPUT":
+            inputs.append(node if "val" in node.meta and isinstance(node.meta["val"], Tensor) else None)
+        elif kind in ("PARAMETER", "BUFFER"):
+            states[str(spec.target)] = (node, kind == "PARAMETER")
+        elif kind == "CONSTANT_TENSOR":
+            constants[str(spec.target)] = (node, exported.constants[str(spec.target)])
+        else:
+            raise PlanError(f"the trace takes a {kind.lower().replace('_', ' ')}, which cannot be planned")
+    output_node = next(node for node in exported.graph.nodes if node.op == "output")
+    outputs: list[Any] = []
+    updates: dict[str, fx.Node] = {}
+    for value, spec in zip(output_node.args[0], signature.output_specs, strict=True):
+        kind = spec.kind.name
+        if kind == "USER_OUTPUT":
+            outputs.append(value)
+        elif kind == "BUFFER_MUTATION":
+            updates[str(spec.target)] = value
+        else:
+            raise PlanError(f"the model mutates {spec.target or 'an input'} ({kind.lower().replace('_', ' ')})")
+    _refuse_mutation(exported.graph_module)
+    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    assert in_spec is not None and out_spec is not None
+    return Traced(
+        graph=exported.graph,
+        module=exported.graph_module,
+        inputs=inputs,
+        states=states,
+        constants=constants,
+        outputs=outputs,
+        updates=updates,
+        in_spec=in_spec,
+        out_spec=out_spec,
+        example=pytree.tree_leaves((args, kwargs)),
+        assignments=_assignments(exported),
+    )
+
+
+def _refuse_mutation(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+        if schema is not None and schema.is_mutable and node.target is not torch.ops.aten.copy_.default:
+            raise PlanError(f"{node.target} still mutates its argument after functionalisation")
+
+
+def _assignments(exported: torch.export.ExportedProgram) -> tuple[dict[sympy.Symbol, int], ...]:
+    """The example's sizes, and others: equal sizes stay equal, different ones grow by different primes.
+
+    Multiples keep whatever divisibility the model asked for.
+    """
+    hints: dict[sympy.Symbol, int] = {}
+    for node in exported.graph.nodes:
+        fake = node.meta.get("val")
+        for size in itertools.chain(fake.shape if isinstance(fake, Tensor) else (), (fake,)):
+            if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                env = size.node.shape_env
+                for symbol in size.node.expr.free_symbols:
+                    if symbol not in hints:
+                        hints[symbol] = _hint(env, symbol)
+    if not hints:
+        return ({},)
+    ranges = exported.range_constraints
+    primes = dict(zip(sorted(set(hints.values())), itertools.cycle((3, 2, 5, 7)), strict=False))
+    other: dict[sympy.Symbol, int] = {}
+    for symbol, hint in hints.items():
+        upper = ranges[symbol].upper if symbol in ranges else sympy.oo
+        choices = [hint * primes[hint], hint * 2, hint + 1]
+        other[symbol] = next((c for c in choices if c <= upper), hint)
+    return hints, other
+
+
+def _hint(env: Any, symbol: sympy.Symbol) -> int:
+    for table in ("backed_var_to_val", "var_to_val"):
+        known = getattr(env, table, {}).get(symbol)
+        if known is not None:
+            return int(known)
+    return 4  # a size that depends on values (nonzero, item): any will do
+
+
+def _evaluate(expr: Any, assignment: Mapping[sympy.Symbol, int]) -> int:
+    value = expr.subs({symbol: assignment.get(symbol, 4) for symbol in expr.free_symbols})
+    if getattr(value, "is_Boolean", False) or value in (sympy.true, sympy.false):
+        return bool(value)
+    return int(value) if value.is_integer else float(value)  # type: ignore[return-value]

@@ -1,0 +1,278 @@
+"""From a model to a plan, and from a plan to one rank's module."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tensor_parallel.errors import PlanError
+from tensor_parallel.group import Group
+from tensor_parallel.planner import search as searching
+from tensor_parallel.planner import specs, verify
+from tensor_parallel.planner.cost import Network
+from tensor_parallel.planner.export import Traced, trace
+from tensor_parallel.planner.module import Compiled, ShardedModule
+from tensor_parallel.planner.plan import Collective, Plan, Reason
+from tensor_parallel.planner.program import PerRank, Program, map_refs
+from tensor_parallel.planner.prover import Prover
+from tensor_parallel.planner.reserve import reserved, skeleton
+from tensor_parallel.planner.shard import Shard
+from tensor_parallel.planner.solver import Division
+from tensor_parallel.planner.tensors import Tensors
+
+log = logging.getLogger(__name__)
+
+Examples = Mapping[str, Any] | Sequence[Any]
+Read = Callable[[str, Shard], Tensor]
+
+
+def arguments(example_inputs: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments; keywords in a fixed order."""
+    if isinstance(example_inputs, Mapping):
+        return (), {name: example_inputs[name] for name in sorted(example_inputs)}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    return tuple(example_inputs), {}
+
+
+def make_plan(
+    model: nn.Module,
+    example_inputs: Examples,
+    world_size: int,
+    *,
+    training: bool = False,
+    gather_outputs: bool = True,
+    sequence_parallel: bool = False,
+    verify: bool = True,
+    network: Network | None = None,
+) -> Plan:
+    """Plan ``model`` (whose parameters may be meta tensors, with real buffers) for ``world_size`` ranks.
+
+    Every rank makes the same plan alone. A model that does not export, or whose plan fails verification, gets the fallback plan
+    (``mode == "modules"``), with the reason in ``notes``.
+    """
+    twin = as_skeleton(model)
+    twin.train(training)
+    return plan_skeleton(
+        twin,
+        *arguments(example_inputs),
+        world_size,
+        gather_outputs=gather_outputs,
+        sequence_parallel=sequence_parallel,
+        check=verify,
+        network=network,
+    )
+
+
+def as_skeleton(model: nn.Module) -> nn.Module:
+    """A copy without weights to trace and to keep; see :func:`reserve.skeleton`."""
+    return skeleton(model)
+
+
+def plan_skeleton(
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    world_size: int,
+    *,
+    gather_outputs: bool = True,
+    sequence_parallel: bool = False,
+    check: bool = True,
+    network: Network | None = None,
+    fixed: Mapping[str, Shard] | None = None,
+) -> Plan:
+    """Plan a skeleton in its present mode. ``fixed`` shards are those already held: only the computation is planned then."""
+    tensors = Tensors(twin)
+    args, kwargs = _on_cpu(args), _on_cpu(kwargs)
+    try:
+        with warnings.catch_warnings(), reserved(twin):
+            warnings.simplefilter("ignore")
+            traced = trace(twin, args, kwargs)
+        return plan_traced(
+            twin, traced, tensors, world_size, gather_outputs=gather_outputs, check=check, network=network or Network(), fixed=fixed
+        )
+    except PlanError as error:
+        log.warning("%s: %s; falling back to layers sharded one by one", type(twin).__name__, error)
+        from tensor_parallel.planner.fallback import plan_modules
+
+        return plan_modules(twin, tensors, args, kwargs, world_size, reason=str(error), fixed=fixed)
+
+
+def _on_cpu(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), tree)
+
+
+def plan_traced(
+    twin: nn.Module,
+    traced: Traced,
+    tensors: Tensors,
+    world_size: int,
+    *,
+    gather_outputs: bool,
+    check: bool,
+    network: Network,
+    fixed: Mapping[str, Shard] | None,
+) -> Plan:
+    """The best proven plan for a trace. Raises :class:`PlanError`."""
+    if fixed is None:
+        best = searching.search(traced, tensors, world_size, network, gather_outputs=gather_outputs)
+    else:
+        best = searching.fixed(traced, tensors, world_size, network, _divisions(fixed, tensors), gather_outputs)
+    prover = best.prover
+    shards = _shards(tensors, best.divisions, world_size)
+    verified = "no"
+    if check:
+        verified = _verify(twin, prover, traced, tensors, shards)
+    names = specs.input_names(twin, traced.in_spec)
+    input_specs = specs.input_specs(names, traced)
+    output_specs = specs.output_specs(specs.output_names(traced.out_spec), traced, prover.output_values, world_size)
+    return Plan(
+        world_size=world_size,
+        mode="graph",
+        shards=shards,
+        tied=dict(tensors.tied),
+        inputs=input_specs,
+        outputs=output_specs,
+        collectives=tuple(Collective(c.kind, c.nbytes, c.where) for c in best.communications),
+        reasons=tuple(Reason(g.where, g.op, g.why, tuple(sorted(g.origin))) for g in prover.reasons),
+        bytes_per_rank=best.held,
+        total_bytes=tensors.total_bytes,
+        program=program_digest(prover.program),
+        decisions={**best.modes, **best.forced},
+        training=twin.training,
+        verified=verified,
+        artifact=Compiled(traced, prover.program, names, _shapes(traced)),
+    )
+
+
+def _verify(twin: nn.Module, prover: Prover, traced: Traced, tensors: Tensors, shards: Mapping[str, Shard]) -> str:
+    elements = sum(s.nbytes // s.dtype.itemsize for s in tensors.stored.values())
+    if elements > verify.LIMIT:
+        return "no: too large"
+    if twin.training and any("dropout" in str(node.target) for node in traced.graph.nodes):
+        return "no: random"
+    buffers = {tensors.canonical(name): buffer for name, buffer in twin.named_buffers(remove_duplicate=False)}
+    verify.verify(prover, traced, tensors, shards, buffers)
+    return "whole model"
+
+
+def _shapes(traced: Traced) -> list[tuple[int, ...] | None]:
+    return [
+        None if node is None else tuple(size if isinstance(size, int) else -1 for size in node.meta["val"].shape)
+        for node in traced.inputs
+    ]
+
+
+def _shards(tensors: Tensors, divisions: Mapping[str, Division], ranks: int) -> dict[str, Shard]:
+    shards: dict[str, Shard] = {}
+    for name in tensors.stored:
+        division = divisions.get(name)
+        if division is None:
+            shards[name] = Shard.replicated()
+        else:
+            dim, owner = division
+            owners = torch.tensor(owner)
+            shards[name] = Shard.from_indices(dim, [(owners == rank).nonzero().flatten() for rank in range(ranks)])
+    return shards
+
+
+def _divisions(shards: Mapping[str, Shard], tensors: Tensors) -> dict[str, Division]:
+    result: dict[str, Division] = {}
+    for name, shard in shards.items():
+        if shard.dim is not None:
+            owner = torch.zeros(tensors.shape(name)[shard.dim], dtype=torch.long)
+            for rank in range(len(shard.runs)):
+                owner[shard.index(rank)] = rank
+            result[name] = (shard.dim, tuple(owner.tolist()))
+    return result
+
+
+def program_digest(program: Program) -> str:
+    """Hash of what is executed: operations, arguments and per-rank constants, in order."""
+    text = []
+    for step in program.steps:
+        name = getattr(step.fn, "__qualname__", None) or str(step.fn)
+        args, kwargs = map_refs((step.args, step.kwargs), lambda ref: f"v{ref.id}", _constant_text)
+        text.append(f"v{step.out}={name}{args}{kwargs}")
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+
+
+def _constant_text(constant: PerRank) -> str:
+    return f"<{constant.values}>"
+
+
+def instantiate(
+    plan: Plan, model: nn.Module, *, rank: int, group: Group, read: Read, device: torch.device | str | None = None
+) -> ShardedModule:
+    """This rank's module. ``read(name, shard)`` gives the local part of each stored tensor, once each.
+
+    ``model`` gives structure only (its parameters may be meta). Raises :class:`PlanError` when the plan was made elsewhere and
+    tracing the model here gives another program.
+    """
+    twin = as_skeleton(model)
+    twin.train(plan.training)
+    return instantiate_skeleton(plan, twin, rank=rank, group=group, read=read, device=torch.device(device or "cpu"))
+
+
+def instantiate_skeleton(
+    plan: Plan, twin: nn.Module, *, rank: int, group: Group, read: Read, device: torch.device
+) -> ShardedModule:
+    """:func:`instantiate` for a skeleton that is handed over."""
+    if plan.mode == "modules":
+        from tensor_parallel.planner.fallback import build_modules
+
+        return build_modules(plan, twin, rank=rank, group=group, read=read, device=device)
+    if plan.artifact is None:
+        raise PlanError("this plan was read from text: make it again where it is to run (equal digests mean equal plans)")
+    module = ShardedModule(group, device)
+    hold_all(module, plan, Tensors(twin), twin, rank, read, device)
+    module.add_program(plan, plan.artifact)
+    module.train(plan.training)
+    release_buffers(twin, plan)
+
+    def planner(args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[Plan, Compiled]:
+        twin.train(training)
+        other = plan_skeleton(twin, args, kwargs, plan.world_size, fixed=plan.shards)
+        if other.mode != "graph":
+            raise PlanError("; ".join(other.notes))
+        return other, other.artifact
+
+    module._planner = planner
+    return module
+
+
+def hold_all(
+    module: ShardedModule, plan: Plan, tensors: Tensors, twin: nn.Module, rank: int, read: Read, device: torch.device
+) -> None:
+    """Read every stored tensor's local part into the module."""
+    wants_grad = {name: p.requires_grad for name, p in twin.named_parameters(remove_duplicate=False)}
+    for name, stored in tensors.stored.items():
+        shard = plan.shards[name]
+        local = read(name, shard).to(device)
+        expected = shard.local_shape(stored.shape, rank)
+        if tuple(local.shape) != tuple(expected):
+            raise PlanError(f"{name}: read a part of shape {tuple(local.shape)}, the plan needs {tuple(expected)}")
+        module.hold(
+            name, local, is_parameter=stored.is_parameter, requires_grad=wants_grad.get(name, False), persistent=stored.persistent
+        )
+    for alias, name in tensors.tied.items():
+        module.tie(alias, name)
+
+
+def release_buffers(twin: nn.Module, plan: Plan) -> None:
+    """Let go of whole buffers of which this rank holds a part."""
+    from tensor_parallel.planner.reserve import reserved_like
+
+    for prefix, child in twin.named_modules():
+        for leaf, buffer in child._buffers.items():
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            shard = plan.shards.get(plan.tied.get(name, name))
+            if buffer is not None and shard is not None and shard.dim is not None:
+                child._buffers[leaf] = reserved_like(buffer)

@@ -1,0 +1,155 @@
+"""A rank's part of a model as an ``nn.Module``: local parameters under the model's own names, and the planned forward.
+
+One module runs several programs over the same tensors: evaluation and training differ (an exported graph bakes dropout in), and so
+do calls with other arguments, or other sizes of dimensions the model does not leave free. Each is planned when first needed, with
+the division of the stored tensors fixed by the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tensor_parallel.errors import InvalidInput
+from tensor_parallel.group import Group
+from tensor_parallel.planner.codegen import generate
+from tensor_parallel.planner.export import Traced
+from tensor_parallel.planner.plan import FREE, Plan
+from tensor_parallel.planner.program import Program
+
+_Slot = tuple[dict[str, Any], str]
+
+
+@dataclass
+class Compiled:
+    """One proven program and how to call it; made by planning, shared by nothing."""
+
+    traced: Traced
+    program: Program
+    names: list[str]  # of the flat inputs
+    shapes: list[tuple[int, ...] | None]  # of the flat inputs, -1 where free; None for constants
+
+
+class Runner:
+    """A compiled program bound to one rank's tensors."""
+
+    def __init__(self, plan: Plan, compiled: Compiled, module: ShardedModule, group: Group, device: torch.device) -> None:
+        self.plan, self.compiled = plan, compiled
+        program = compiled.program
+        self._grad, self.source = generate(program, group.rank, group, device, plan.digest()[:8], record_entries=True)
+        self._plain, _ = generate(program, group.rank, group, device, plan.digest()[:8], record_entries=False)
+        self._slots = [module.slot(name) for name in program.states]
+        self._constants = [compiled.traced.constants[name][1].to(device) for name in program.constants]
+        self._updates = [module.slot(name) for name in program.updates]
+        self._shapes = [
+            None if shape is None else [(d, size) for d, size in enumerate(shape) if size != FREE] for shape in compiled.shapes
+        ]
+        self._ranks = [None if shape is None else len(shape) for shape in compiled.shapes]
+
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether these inputs have the sizes the program was proven for."""
+        for leaf, fixed, ndim in zip(leaves, self._shapes, self._ranks, strict=True):
+            if fixed is not None:
+                shape = leaf.shape
+                if len(shape) != ndim:
+                    return False
+                for d, size in fixed:
+                    if shape[d] != size:
+                        return False
+        return True
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        states = [table[key] for table, key in self._slots]
+        forward = self._grad if torch.is_grad_enabled() else self._plain
+        outputs, updates = forward(leaves, states, self._constants)
+        for (table, key), value in zip(self._updates, updates, strict=True):
+            table[key].copy_(value)
+        return outputs
+
+
+class ShardedModule(nn.Module):
+    """Holds one rank's tensors by name and runs the programs planned for them."""
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        super().__init__()
+        self._group, self._device = group, device
+        self._runners: dict[Any, list[Runner]] = {}
+        self._planner: Callable[[tuple[Any, ...], dict[str, Any], bool], tuple[Plan, Compiled]] | None = None
+
+    # ------------------------------------------------------------------ tensors by name
+    def hold(self, name: str, tensor: Tensor, *, is_parameter: bool, requires_grad: bool, persistent: bool) -> None:
+        parent, leaf = self._container(name)
+        if is_parameter:
+            parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
+        else:
+            parent._buffers[leaf] = tensor
+            if not persistent:
+                parent._non_persistent_buffers_set.add(leaf)
+
+    def tie(self, alias: str, name: str) -> None:
+        """Give a held tensor a second name."""
+        table, key = self.slot(name)
+        parent, leaf = self._container(alias)
+        source, _ = self._container(name)
+        if table is source._parameters:
+            parent._parameters[leaf] = table[key]
+        else:
+            parent._buffers[leaf] = table[key]
+            if key in source._non_persistent_buffers_set:
+                parent._non_persistent_buffers_set.add(leaf)
+
+    def slot(self, name: str) -> _Slot:
+        """Where a tensor is kept: looked up at every call, since ``to()`` and ``load_state_dict`` may replace it."""
+        parent, leaf = self._container(name)
+        if leaf in parent._parameters:
+            return parent._parameters, leaf
+        return parent._buffers, leaf
+
+    def _container(self, name: str) -> tuple[nn.Module, str]:
+        *path, leaf = name.split(".")
+        current: nn.Module = self
+        for part in path:
+            child = current._modules.get(part)
+            if child is None:
+                child = nn.Module()
+                current._modules[part] = child
+            current = child
+        return current, leaf
+
+    # ------------------------------------------------------------------ programs
+    def add_program(self, plan: Plan, compiled: Compiled) -> Runner:
+        runner = Runner(plan, compiled, self, self._group, self._device)
+        key = self._key(compiled.traced.in_spec, compiled.traced.example, plan.training)
+        self._runners.setdefault(key, []).append(runner)
+        return runner
+
+    @staticmethod
+    def _key(spec: pytree.TreeSpec, leaves: Sequence[Any], training: bool) -> Any:
+        described = tuple((leaf.dtype, leaf.ndim) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+        return training, spec, described
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        runner, leaves = self.runner_for(args, kwargs)
+        outputs = runner(leaves)
+        return pytree.tree_unflatten(outputs, runner.compiled.traced.out_spec)
+
+    def runner_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Runner, list[Any]]:
+        """The program for this call, planned now if there is none yet."""
+        kwargs = {name: kwargs[name] for name in sorted(kwargs)}
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = self._key(spec, leaves, self.training)
+        for runner in self._runners.get(key, ()):
+            if runner.fits(leaves):
+                return runner, leaves
+        if self._planner is None:
+            raise InvalidInput(f"no plan for inputs {', '.join(sorted(kwargs)) or len(args)} of these types and sizes")
+        plan, compiled = self._planner(args, kwargs, self.training)
+        runner = Runner(plan, compiled, self, self._group, self._device)
+        self._runners.setdefault(key, []).append(runner)
+        return runner, leaves

@@ -1,0 +1,272 @@
+"""Proving: run the rules on ranks, check every step, and write the program that all ranks will execute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from tensor_parallel.planner import runtime
+from tensor_parallel.planner.engine import PARTIAL, REPLICATED, Engine, Gathered, Sym, Value
+from tensor_parallel.planner.export import Traced
+from tensor_parallel.planner.placement import (
+    Owners,
+    Partial,
+    Pattern,
+    Sharded,
+    Unproven,
+    counts,
+    is_contiguous,
+    pattern,
+    positions,
+    same,
+)
+from tensor_parallel.planner.program import PerRank, Program, Ref, Step, map_refs, prune
+from tensor_parallel.planner.rules import PARTIAL_RULES, RULES
+from tensor_parallel.planner.solver import Division
+from tensor_parallel.planner.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Communication:
+    """One collective of a program: its kind, payload at the example's sizes, and the operation that asked for it."""
+
+    kind: str
+    nbytes: int
+    step: int
+    where: str
+    origin: frozenset[str]
+
+
+class Prover(Engine):
+    def __init__(
+        self,
+        traced: Traced,
+        tensors: Tensors,
+        ranks: int,
+        divisions: Mapping[str, Division],
+        stored: frozenset[str] = frozenset(),
+        gather_after: frozenset[str] = frozenset(),
+        gather_outputs: bool = True,
+    ) -> None:
+        super().__init__(traced, ranks, len(traced.assignments), RULES, PARTIAL_RULES)
+        self.tensors, self.divisions, self.stored_names, self.gather_outputs = tensors, divisions, stored, gather_outputs
+        self.gather_after = gather_after
+        self.program = Program(ranks)
+        self.sizes: dict[int, tuple[str, int, str, frozenset[str]]] = {}
+        self.output_values: list[Any] = []
+
+    # ------------------------------------------------------------------ begin and end
+    def begin(self) -> None:
+        program = self.program
+        for node in self.traced.inputs:
+            number = program.new_id()
+            program.inputs.append(number)
+            if node is not None:
+                shapes, dtype = self._describe(node.meta["val"])
+                self.env[node] = Value(Ref(number), REPLICATED, shapes, dtype, dtype.is_floating_point)
+        for name, (node, _) in self.traced.constants.items():
+            shapes, dtype = self._describe(node.meta["val"])
+            program.constants[name] = program.new_id()
+            self.env[node] = Value(Ref(program.constants[name]), REPLICATED, shapes, dtype, False)
+        for name, (node, is_parameter) in self.traced.states.items():
+            self.env[node] = self._state(name, node, is_parameter)
+
+    def _state(self, name: str, node: Any, is_parameter: bool) -> Value:
+        canonical = self.tensors.canonical(name)
+        if canonical not in self.program.states:
+            self.program.states[canonical] = self.program.new_id()
+        shapes, dtype = self._describe(node.meta["val"])
+        value = Value(
+            Ref(self.program.states[canonical]), REPLICATED, shapes, dtype, is_parameter and dtype.is_floating_point, weight=canonical
+        )
+        division = self.divisions.get(canonical)
+        if division is not None:
+            dim, owner = division
+            value.place = Sharded(dim, (np.asarray(owner, dtype=np.int64),) * self.assignments, frozenset({canonical}))
+            value.stored = canonical in self.stored_names
+        return value
+
+    def finish(self) -> list[Any]:
+        outputs: list[Any] = []
+        for item in self.traced.outputs:
+            value = self.env[item] if isinstance(item, torch.fx.Node) else item
+            if isinstance(value, Value):
+                keep = not self.gather_outputs and isinstance(value.place, Sharded) and not value.stored and value.whole is None
+                if not keep:
+                    value = self.full(value, "it is an output of the model")
+                outputs.append(value.ref)
+            else:
+                outputs.append(value.ref if isinstance(value, Sym) else value)
+            self.output_values.append(value)
+        self.program.outputs = outputs
+        for name, node in self.traced.updates.items():
+            value = self.env[node]
+            division = self.divisions.get(self.tensors.canonical(name))
+            held = Sharded(division[0], (np.asarray(division[1]),) * self.assignments) if division else None
+            if held is None:
+                ref = self.full(value, "a buffer is updated").ref
+            elif isinstance(value.place, Sharded) and value.place.dim == held.dim and same(value.place.owners, held.owners):
+                ref = value.ref
+            else:
+                ref = self.part(self.full(value, "a buffer is updated"), held.dim, held.owners)
+            assert ref is not None
+            self.program.updates[name] = ref
+        prune(self.program)
+        return outputs
+
+    def communications(self) -> list[Communication]:
+        """The collectives that remain in the program, in order."""
+        return [
+            Communication(*self.sizes[step.out][:2], step.out, *self.sizes[step.out][2:])
+            for step in self.program.steps
+            if step.out in self.sizes
+        ]
+
+    # ------------------------------------------------------------------ checks
+    def unify(self, a: Owners, b: Owners) -> Owners:
+        if not same(a, b):
+            raise Unproven("operands are divided differently")
+        return a
+
+    def regroup(self, labels: Sequence[Any], offset: int) -> tuple[int, Owners]:
+        dims, owners = set(), []
+        for array in labels:
+            varying = [d for d in range(array.ndim) if array.shape[d] > 1 and not (array == array.take([0], axis=d)).all()]
+            if len(varying) != 1:
+                raise Unproven(f"the division would run along {len(varying)} dimensions of the result")
+            dims.add(varying[0])
+            owners.append(array[tuple(slice(None) if d == varying[0] else 0 for d in range(array.ndim))].copy())
+        if len(dims) != 1:
+            raise Unproven("divided along different dimensions at different sizes")
+        shared = owners[0]
+        return dims.pop(), tuple(shared if np.array_equal(o, shared) else o for o in owners)
+
+    def regroup_rows(self, labels: Sequence[Any]) -> tuple[int, Owners]:
+        if any(not (array == array[:, :1]).all() for array in labels):
+            raise Unproven("a group of indices straddles ranks")
+        owners = tuple(array[:, 0] for array in labels)
+        if any(not self.every_rank(o) for o in owners):
+            raise Unproven("some rank would hold nothing")
+        return 0, owners
+
+    def every_rank(self, owner: Any) -> bool:
+        return bool((np.bincount(owner, minlength=self.ranks)[: self.ranks] > 0).all())
+
+    def gathers_after(self, weights: Sequence[str | None]) -> bool:
+        return any(w in self.gather_after for w in weights)
+
+    # ------------------------------------------------------------------ writing the program
+    def emit(self, fn: Any, *args: Any, **kwargs: Any) -> Ref | None:
+        out = self.program.new_id()
+        is_leaf = lambda x: isinstance(x, (Value, Sym, PerRank, Ref))  # noqa: E731
+        args, kwargs = pytree.tree_map(_reference, (args, kwargs), is_leaf=is_leaf)
+        self.program.steps.append(Step(fn, args, kwargs, out, self.node.name if self.node is not None else "output"))
+        return Ref(out)
+
+    def full(self, value: Value, why: str) -> Value:
+        if value.whole is not None:
+            return value.whole
+        place = value.place
+        if isinstance(place, Partial):
+            value.whole = self._reduce(value)
+        elif isinstance(place, Sharded):
+            value.whole = self._gather(value, place, why)
+        else:
+            return value
+        return value.whole
+
+    def _reduce(self, value: Value) -> Value:
+        if value.redo is not None:
+            source, call = value.redo
+            whole = self.full(source, "")
+            refs: dict[int, Ref | None] = {id(source): whole.ref}
+            bound = {
+                k: pytree.tree_map(lambda v: refs.get(id(v), v), b, is_leaf=lambda x: isinstance(x, (Value, Sym)))
+                for k, b in call.bound.items()
+            }
+            args, kwargs = call.spread(bound)
+            return Value(self.emit(call.op, *args, **kwargs), REPLICATED, value.shapes, value.dtype, value.grad)
+        ref = self.emit(runtime.AllReduce(), value)
+        assert isinstance(value.place, Partial)
+        self._note("all_reduce", ref, value, value.place.origin)
+        return Value(ref, REPLICATED, value.shapes, value.dtype, value.grad)
+
+    def _gather(self, value: Value, place: Sharded, why: str) -> Value:
+        described = pattern(place.owners)
+        assert described is not None, "a placement that cannot be gathered was let through"
+        ref = self.emit(runtime.AllGather(place.dim, *_layout(described, self.ranks)), value)
+        self._note("all_gather", ref, value, place.origin)
+        if why:
+            name = self.node.name if self.node is not None else "output"
+            op = str(self.node.target) if self.node is not None else "output"
+            self.reasons.append(Gathered(name, op, why, place.origin, value.nbytes))
+        return Value(ref, REPLICATED, value.shapes, value.dtype, value.grad)
+
+    def _note(self, kind: str, ref: Ref | None, value: Value, origin: frozenset[str]) -> None:
+        assert ref is not None
+        where = self.node.name if self.node is not None else "output"
+        self.sizes[ref.id] = (kind, value.nbytes, where, origin)
+
+    def enter(self, value: Value) -> Ref | None:
+        if value.whole is not None:
+            value = value.whole
+        if not value.grad:
+            return value.ref
+        if value.entered is None:
+            value.entered = self.emit(runtime.Enter(), value)
+        return value.entered
+
+    def part(self, value: Value, dim: int, owners: Owners) -> Ref | None:
+        place = value.place
+        if isinstance(place, Sharded):
+            if place.dim == dim and same(place.owners, owners):
+                return value.ref
+            value = self.full(value, "divided otherwise than needed")
+        elif isinstance(place, Partial):
+            value = self.full(value, "")
+        if value.whole is not None:
+            value = value.whole
+        for known_dim, known_owners, ref in value.parts:
+            if known_dim == dim and same(known_owners, owners):
+                return ref
+        if any(len(o) != shape[dim] for o, shape in zip(owners, value.shapes, strict=True)):
+            raise Unproven("sizes differ")
+        ref = self._take(value, dim, owners)
+        value.parts.append((dim, owners, ref))
+        return ref
+
+    def _take(self, value: Value, dim: int, owners: Owners) -> Ref | None:
+        described = pattern(owners)
+        if described is None:
+            raise Unproven("a division that no pattern describes")
+        whole = self.enter(value)
+        index = [positions(described.base, r) for r in range(self.ranks)]
+        if described.outer == 1 and described.inner == 1:
+            if all(len(i) == 0 or i[-1] - i[0] + 1 == len(i) for i in index):
+                starts = PerRank(tuple(int(i[0]) if len(i) else 0 for i in index))
+                return self.emit(runtime.take_range, whole, dim, starts, PerRank(tuple(len(i) for i in index)))
+            return self.emit(runtime.take_indices, whole, dim, PerRank(tuple(tuple(i.tolist()) for i in index)))
+        indices = PerRank(tuple(tuple(i.tolist()) for i in index))
+        return self.emit(runtime.take_pattern, whole, dim, indices, len(described.base), described.outer, described.inner)
+
+
+def _reference(leaf: Any) -> Any:
+    return leaf.ref if isinstance(leaf, (Value, Sym)) else leaf
+
+
+def _layout(described: Pattern, ranks: int) -> tuple[Any, ...]:
+    """Arguments of :class:`runtime.AllGather` for a pattern."""
+    base = described.base
+    order = None
+    if not is_contiguous(base):
+        by_rank = np.concatenate([positions(base, r) for r in range(ranks)])
+        order = tuple(int(i) for i in np.argsort(by_rank))
+    return counts(base, ranks), order, described.outer, described.inner
+
+
+__all__ = ["PARTIAL", "Communication", "Prover", "map_refs"]

@@ -1,0 +1,85 @@
+"""CPU tensors of any size that occupy no memory: address space is reserved, no page is ever touched.
+
+Tracing a model needs parameters with a shape, strides, dtype and device, never their values. Meta tensors would do, but mix badly
+with real buffers on the CPU (device mismatches while tracing) and write ``device="meta"`` into the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+
+
+def reserved_like(tensor: Tensor) -> Tensor:
+    """A contiguous CPU tensor of ``tensor``'s shape and dtype whose memory is reserved but not committed."""
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    region = mmap.mmap(-1, nbytes, flags=_FLAGS)
+    return torch.frombuffer(region, dtype=torch.uint8).view(tensor.dtype)[: tensor.numel()].view(tensor.shape)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with its own structure, the same buffers, and meta parameters.
+
+    Raises whatever ``copy.deepcopy`` raises for a module that cannot be copied.
+    """
+    memo: dict[int, object] = {}
+    keep: list[object] = []  # deepcopy's memo is keyed by id: what it names must stay alive
+    for parameter in model.parameters():
+        stand_in = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = stand_in
+        keep.append(parameter)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    for tensor in _stray_tensors(model):
+        memo.setdefault(id(tensor), tensor.detach())
+        keep.append(tensor)
+    twin: nn.Module = copy.deepcopy(model, memo)
+    return twin
+
+
+@contextmanager
+def reserved(model: nn.Module) -> Iterator[None]:
+    """Meta parameters stand as reserved CPU tensors meanwhile; tied ones stay tied."""
+    stand_ins: dict[int, nn.Parameter] = {}
+    swapped: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in stand_ins:
+                    empty = reserved_like(parameter.detach())
+                    stand_ins[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                swapped.append((module._parameters, name, parameter))
+                module._parameters[name] = stand_ins[id(parameter)]
+    try:
+        yield
+    finally:
+        for table, name, parameter in swapped:
+            table[name] = parameter
+
+
+def _stray_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors held as plain attributes (results of old-style weight norm, caches), which may refuse to be copied."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield value
+
+
+@contextmanager
+def tracing_settings() -> Iterator[None]:
+    """Settings under which a model is traced: no fused fast paths (opaque kernels), no kernels chosen by available hardware."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,0 +1,154 @@
+"""Lookups: embedding tables, indexing by tensors, gather and scatter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tensor_parallel.planner import runtime
+from tensor_parallel.planner.engine import PARTIAL, Call, Engine, Value
+from tensor_parallel.planner.placement import Replicated, Sharded, Undecided, Unproven, positions
+from tensor_parallel.planner.program import PerRank
+from tensor_parallel.planner.rules.registry import rule
+
+aten = torch.ops.aten
+
+
+@rule("embedding")
+def embedding(e: Engine, call: Call) -> Any:
+    """Rows of a table. By rows: other ranks' rows are zero, a pending sum; by columns: each rank its own features."""
+    table, ids = call.value("weight"), call.value("indices")
+    if not isinstance(e.place(ids), Replicated) and ids.whole is None:
+        raise Unproven("ids are divided")
+    place = e.place(table)
+    lead = ids.ndim
+    if isinstance(place, Undecided):
+        result = e.result(call, None, Undecided(place.param, (*(None,) * lead, place.dims[1]), looked_up=place.dims[0] == 0))
+        result.weight = table.weight
+        return result
+    assert isinstance(place, Sharded)
+    if place.dim == 1:
+        ref = e.emit(aten.embedding.default, table, ids)
+        return e.result(call, ref, Sharded(lead, place.owners, place.origin))
+    if e.solving:
+        return e.result(call, None, PARTIAL)
+    owner = place.owners[0]
+    runs = PerRank(tuple(_runs(positions(owner, rank).tolist()) for rank in range(e.ranks)))
+    return e.result(call, e.emit(runtime.lookup_rows, table, ids, runs, len(owner)), PARTIAL)
+
+
+def _runs(index: list[int]) -> tuple[tuple[int, int, int], ...]:
+    """Runs of consecutive ids as (start, stop, offset in the local table)."""
+    runs: list[tuple[int, int, int]] = []
+    for offset, at in enumerate(index):
+        if runs and runs[-1][1] == at:
+            runs[-1] = (runs[-1][0], at + 1, runs[-1][2])
+        else:
+            runs.append((at, at + 1, offset))
+    return tuple(runs) or ((0, 0, 0),)
+
+
+@rule("index")
+def index(e: Engine, call: Call) -> Any:
+    """``x[..., i, ..., j]``: the divided dimension must not be indexed."""
+    value = call.value("self")
+    indices: list[Any] = list(call["indices"])
+    for item in indices:
+        if isinstance(item, Value) and not isinstance(e.place(item), Replicated) and item.whole is None:
+            raise Unproven("an index is divided")
+        if isinstance(item, Value) and item.dtype == torch.bool:
+            raise Unproven("a boolean index")
+    used = [d for d, item in enumerate(indices) if item is not None]
+    width = max(item.ndim for item in indices if item is not None)
+    adjacent = used == list(range(used[0], used[-1] + 1))
+    kept = [d for d in range(value.ndim) if d not in used]
+    front = [d for d in kept if d < used[0]] if adjacent else []
+    mapping: list[int | None] = [*front, *[None] * width, *[d for d in kept if d not in front]]
+    place = e.place(value)
+    if isinstance(place, Undecided):
+        dims = tuple(None if m is None else place.dims[m] for m in mapping)
+        result = e.result(call, None, Undecided(place.param, dims, looked_up=False))
+        result.weight = value.weight
+        return result
+    if not isinstance(place, Sharded) or place.dim in used:
+        raise Unproven("indexes the divided dimension")
+    return e.result(call, e.replay(call), Sharded(mapping.index(place.dim), place.owners, place.origin))
+
+
+@rule("index_select")
+def index_select(e: Engine, call: Call) -> Any:
+    value = call.value("self")
+    dim = call.dim("dim", value.ndim)
+    place = e.place(value)
+    if not isinstance(e.place(call.value("index")), Replicated):
+        raise Unproven("the index is divided")
+    if isinstance(place, Undecided):
+        dims = tuple(None if d == dim else p for d, p in enumerate(place.dims))
+        result = e.result(call, None, Undecided(place.param, dims, place.looked_up))
+        result.weight = value.weight
+        return result
+    if not isinstance(place, Sharded) or place.dim == dim:
+        raise Unproven("selects along the divided dimension")
+    return e.result(call, e.replay(call), Sharded(place.dim, place.owners, place.origin))
+
+
+@rule("gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce", "scatter_src_")
+def along_index(e: Engine, call: Call) -> Any:
+    """Index along one dimension, elementwise in all others: these are divided alike."""
+    value = call.value("self")
+    names = [a.name for a in call.arguments if isinstance(call[a.name], Value)]
+    dim = call.dim("dim", value.ndim)
+    operands = [call.value(name) for name in names]
+    divided = [v for v in operands if e.is_sharded(v)]
+    if not divided:
+        raise Unproven("only parameters are divided")
+    lead = max(divided, key=lambda v: v.nbytes)
+    place = e.sharded(lead)
+    if place.dim == dim:
+        raise Unproven("indexes the divided dimension")
+    if any(v.ndim != lead.ndim or any(s[place.dim] != t[place.dim] for s, t in zip(v.shapes, lead.shapes, strict=True)) for v in operands):
+        raise Unproven("operands of different sizes along the divided dimension")
+    refs, owners, origin = e.alike(operands, lead, place.dim)
+    ref = e.replay(call, **dict(zip(names, refs, strict=True)))
+    return e.result(call, ref, Sharded(place.dim, owners, origin))
+
+
+@rule("index_add", "index_copy")
+def index_add(e: Engine, call: Call) -> Any:
+    value, source = call.value("self"), call.value("source")
+    dim = call.dim("dim", value.ndim)
+    divided = [v for v in (value, source) if e.is_sharded(v)]
+    if not divided or not isinstance(e.place(call.value("index")), Replicated):
+        raise Unproven("the index is divided")
+    place = e.sharded(divided[0])
+    if place.dim == dim:
+        raise Unproven("adds along the divided dimension")
+    refs, owners, origin = e.alike([value, source], divided[0], place.dim)
+    return e.result(call, e.replay(call, self=refs[0], source=refs[1]), Sharded(place.dim, owners, origin))
+
+
+@rule("index_put")
+def index_put(e: Engine, call: Call) -> Any:
+    """Writing rows: target and rows divided along a dimension that is not indexed."""
+    value, source = call.value("self"), call.value("values")
+    indices = list(call["indices"])
+    used = [d for d, item in enumerate(indices) if item is not None]
+    if any(not isinstance(e.place(i), Replicated) or i.dtype == torch.bool for i in indices if isinstance(i, Value)):
+        raise Unproven("an index is divided or boolean")
+    if used != list(range(len(used))):
+        raise Unproven("indexes other than leading dimensions")
+    width = max(item.ndim for item in indices if item is not None)
+    shift = width - len(used)
+    divided = [v for v in (value, source) if e.is_sharded(v)]
+    if not divided:
+        raise Unproven("only parameters are divided")
+    place = e.sharded(divided[0])
+    dim = place.dim if divided[0] is value else place.dim - shift
+    if dim < len(used) or source.ndim != value.ndim + shift:
+        raise Unproven("writes along the divided dimension")
+    owners = place.owners
+    refs = {}
+    for name, operand, at in (("self", value, dim), ("values", source, dim + shift)):
+        refs[name] = e.part(operand, at, owners)
+    return e.result(call, e.replay(call, **refs), Sharded(dim, owners, place.origin))

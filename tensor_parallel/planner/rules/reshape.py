@@ -1,0 +1,85 @@
+"""Ownership under reshape, worked out within the smallest group of dimensions that contains the divided one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tensor_parallel.planner.engine import Engine
+from tensor_parallel.planner.export import Shapes
+from tensor_parallel.planner.placement import Owners, Sharded, Unproven, pattern, positions
+
+Group = tuple[int, int, int, int]
+_LIMIT = 1 << 24
+
+
+def reshape_group(source: Sequence[int], target: Sequence[int], dim: int) -> Group:
+    """Dimensions ``[i0, i1)`` of the source that become exactly ``[j0, j1)`` of the target, with ``dim`` among the former.
+
+    A row-major reshape never moves an element between such groups, so the others may be ignored.
+    """
+    i = j = 0
+    while i < len(source):
+        i0, j0 = i, j
+        left, right = source[i], 1
+        i += 1
+        if left != 1 or i0 == dim:
+            while left != right:
+                if right < left:
+                    if j == len(target):
+                        raise Unproven("shapes do not match")
+                    right *= target[j]
+                    j += 1
+                else:
+                    if i == len(source):
+                        raise Unproven("shapes do not match")
+                    left *= source[i]
+                    i += 1
+        elif j < len(target) and target[j] == 1:
+            j += 1
+        if i0 <= dim < i:
+            return i0, i, j0, j
+    raise Unproven("the divided dimension was not found")
+
+
+def reshape_owners(e: Engine, place: Sharded, before: Shapes, after: Shapes) -> tuple[int, Owners]:
+    """The divided dimension of the result and its owners; proves that a local reshape gives just that."""
+    groups = [reshape_group(b, a, place.dim) for b, a in zip(before, after, strict=True)]
+    labels = []
+    for (i0, i1, j0, j1), b, a, owner in zip(groups, before, after, place.owners, strict=True):
+        if int(np.prod(b[i0:i1])) > _LIMIT:
+            raise Unproven("too large to follow")
+        along = owner.reshape([-1 if d == place.dim else 1 for d in range(i0, i1)])
+        labels.append(np.broadcast_to(along, b[i0:i1]).reshape(a[j0:j1]))
+    starts = {g[2] for g in groups}
+    if len(starts) != 1 or len({g[3] for g in groups}) != 1:
+        raise Unproven("groups differently at different sizes")
+    offset = starts.pop()
+    within, owners = e.regroup(labels, offset)
+    dim = within + offset
+    if not e.solving:
+        for k, (i0, i1, j0, j1) in enumerate(groups):
+            _check(e.ranks, place.owners[k], place.dim - i0, before[k][i0:i1], owners[k], within, after[k][j0:j1])
+        if pattern(owners) is None:
+            raise Unproven("a division that no pattern describes at every size")
+    return dim, owners
+
+
+def _check(
+    ranks: int,
+    owner: np.ndarray,
+    dim: int,
+    before: Sequence[int],
+    new_owner: np.ndarray,
+    new_dim: int,
+    after: Sequence[int],
+) -> None:
+    """Number the elements, reshape each rank's part, and compare with the part of the reshaped whole."""
+    ids = np.arange(int(np.prod(before)), dtype=np.int64).reshape(before)
+    moved = ids.reshape(after)
+    for rank in range(ranks):
+        part = ids.take(positions(owner, rank), axis=dim)
+        want = moved.take(positions(new_owner, rank), axis=new_dim)
+        if part.size != want.size or not np.array_equal(part.reshape(want.shape), want):
+            raise Unproven("the local reshape gives other elements")

@@ -1,0 +1,298 @@
+"""Solving: run the rules on atoms, and let every operation join what it needs on one rank.
+
+The outcome is a division for every parameter. It is only a proposal: the prover checks each step of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from tensor_parallel.partition import split_sizes
+from tensor_parallel.planner.atoms import Atoms, TooFew
+from tensor_parallel.planner.engine import PARTIAL, REPLICATED, Engine, Value
+from tensor_parallel.planner.export import Traced
+from tensor_parallel.planner.placement import Owners, Place, Sharded, Undecided, Unproven
+from tensor_parallel.planner.program import Ref
+from tensor_parallel.planner.rules import PARTIAL_RULES, RULES
+from tensor_parallel.planner.tensors import Tensors
+
+Division = tuple[int, tuple[int, ...]]
+"""A dimension and the rank that owns each index along it."""
+
+_WORTH = 0.002  # of all bytes: smaller lookup tables and computed weights are not worth a collective
+
+
+class Solver(Engine):
+    solving = True
+
+    def __init__(self, traced: Traced, tensors: Tensors, ranks: int, modes: Mapping[str, str]) -> None:
+        super().__init__(traced, ranks, 1, RULES, PARTIAL_RULES)
+        self.tensors, self.modes = tensors, modes
+        self.atoms = Atoms()
+        self.decided: dict[str, tuple[int, Owners] | None] = {}
+        self._cuts: dict[fx.Node, set[int]] = {}
+
+    # ------------------------------------------------------------------ begin and end
+    def begin(self) -> None:
+        for node in self.traced.inputs:
+            if node is not None:
+                shapes, dtype = self._describe(node.meta["val"])
+                self.env[node] = Value(None, REPLICATED, shapes, dtype, dtype.is_floating_point)
+        for node, _ in self.traced.constants.values():
+            shapes, dtype = self._describe(node.meta["val"])
+            self.env[node] = Value(None, REPLICATED, shapes, dtype, False)
+        for name, (node, _) in self.traced.states.items():
+            shapes, dtype = self._describe(node.meta["val"])
+            canonical = self.tensors.canonical(name)
+            value = Value(None, REPLICATED, shapes, dtype, dtype.is_floating_point, weight=canonical)
+            if self.modes.get(canonical, "auto") in ("auto", "in", "gather") and any(s >= self.ranks for s in shapes[0]):
+                value.place = Undecided(canonical, tuple(range(len(shapes[0]))))
+            self.env[node] = value
+
+    def finish(self) -> list[Any]:
+        return []
+
+    def divisions(self) -> dict[str, Division]:
+        """The owner of every index of every divided parameter. Raises :class:`TooFew` when something cannot be dealt out."""
+        rank_of = self.atoms.deal(self.ranks)
+        result: dict[str, Division] = {}
+        for name, choice in self.decided.items():
+            if choice is not None:
+                dim, owners = choice
+                result[name] = (dim, tuple(int(r) for r in rank_of[owners[0]]))
+        for name, mode in self.modes.items():
+            if mode == "store":
+                shape = self.tensors.shape(name)
+                dim = max(range(len(shape)), key=lambda d: (shape[d], -d))
+                if shape[dim] >= self.ranks:
+                    sizes = split_sizes(shape[dim], self.ranks)
+                    result[name] = (dim, tuple(int(r) for r in np.repeat(np.arange(self.ranks), sizes)))
+        return result
+
+    # ------------------------------------------------------------------ atoms
+    def unify(self, a: Owners, b: Owners) -> Owners:
+        left, right = a[0], b[0]
+        if left.shape != right.shape:
+            raise Unproven("different sizes")
+        for labels in (left, right):
+            if self.atoms.groups(labels) < self.ranks:
+                raise TooFew(self.atoms.weights(labels))
+        if _groups_after(self.atoms.find(left), self.atoms.find(right)) < self.ranks:
+            raise Unproven("would leave fewer parts than ranks")
+        self.atoms.union(left, right)
+        return a
+
+    def regroup(self, labels: Sequence[Any], offset: int) -> tuple[int, Owners]:
+        roots = self.atoms.find(labels[0])
+        varying = [d for d in range(roots.ndim) if roots.shape[d] > 1 and not (roots == roots.take([0], axis=d)).all()]
+        if len(varying) == 1:
+            return varying[0], (_line(labels[0], varying[0]),)
+        cuts = self._cut_dims()
+        first = [d for d in varying if d + offset not in cuts]
+        for dim in [*first, *(d for d in varying if d not in first)]:
+            if self._join_rows(np.moveaxis(labels[0], dim, 0).reshape(labels[0].shape[dim], -1)):
+                return dim, (_line(labels[0], dim),)
+        raise Unproven("no dimension of the result can be divided")
+
+    def regroup_rows(self, labels: Sequence[Any]) -> tuple[int, Owners]:
+        if not self._join_rows(labels[0]):
+            raise Unproven("fewer rows than ranks")
+        return 0, (labels[0][:, 0],)
+
+    def _join_rows(self, rows: np.ndarray) -> bool:
+        """Join each row into one group, if enough groups remain."""
+        roots = self.atoms.find(rows)
+        first = np.broadcast_to(roots[:, :1], roots.shape)
+        if rows.shape[0] < self.ranks or _groups_after(first.reshape(-1), roots.reshape(-1)) < self.ranks:
+            return False
+        self.atoms.union(np.ascontiguousarray(first).reshape(-1), roots.reshape(-1))
+        return True
+
+    def _cut_dims(self) -> set[int]:
+        assert self.node is not None
+        if self.node not in self._cuts:
+            self._cuts[self.node] = cut_dims(self.node)
+        return self._cuts[self.node]
+
+    def every_rank(self, owner: Any) -> bool:
+        return self.atoms.groups(owner) >= self.ranks
+
+    def cut(self, owners: Owners) -> None:
+        self.atoms.cut(owners[0])
+
+    # ------------------------------------------------------------------ parameters
+    def place(self, value: Value) -> Place:
+        place = value.place
+        if not isinstance(place, Undecided) or place.param not in self.decided:
+            return place
+        choice = self.decided[place.param]
+        if choice is None:
+            return REPLICATED
+        dim, owners = choice
+        if dim in place.dims:
+            return Sharded(place.dims.index(dim), owners, frozenset({place.param}))
+        return PARTIAL if place.looked_up and dim == 0 else REPLICATED
+
+    def commit(self, value: Value, dim: int | None = None, owners: Owners | None = None) -> None:
+        place = self.place(value)
+        if not isinstance(place, Undecided):
+            return
+        name, shape = place.param, self.tensors.shape(place.param)
+        if dim is not None and owners is not None:
+            at = place.dims[dim]
+            fits = at is not None and shape[at] == len(owners[0])
+            self.decided[name] = (at, owners) if fits and at is not None else None
+            return
+        if place.looked_up and self.worth_dividing(value):
+            for at in (1, 0) if self.prefer(value) == "in" else (0, 1):
+                if at < len(shape) and shape[at] >= self.ranks and (at == 0 or at in place.dims):
+                    self.decided[name] = (at, (self._create(name, at),))
+                    return
+        self.decided[name] = None
+
+    def commit_whole(self, value: Value) -> None:
+        place = self.place(value)
+        if isinstance(place, Undecided):
+            self.decided[place.param] = None
+
+    def divide(self, value: Value, dim: int) -> Owners:
+        place = self.place(value)
+        if not isinstance(place, Undecided):
+            raise Unproven("already settled")
+        at = place.dims[dim]
+        if not self.tensors.stored[place.param].is_parameter:
+            raise Unproven("a buffer is divided only as its uses are")
+        if at is None or self.tensors.shape(place.param)[at] < self.ranks:
+            raise Unproven("too small to divide")
+        owners = (self._create(place.param, at),)
+        self.decided[place.param] = (at, owners)
+        return owners
+
+    def _create(self, name: str, dim: int) -> np.ndarray:
+        size = self.tensors.shape(name)[dim]
+        return self.atoms.create(name, size, self.tensors.nbytes(name) / size)
+
+    def settle_for_pieces(self, value: Value, dim: int) -> None:
+        try:
+            self.divide(value, dim)
+        except Unproven:
+            self.commit_whole(value)
+
+    def settle_for_reshape(self, value: Value) -> None:
+        if self.worth_dividing(value):
+            order = range(value.ndim) if self.prefer(value) == "auto" else reversed(range(value.ndim))
+            for dim in order:
+                try:
+                    self.divide(value, dim)
+                    return
+                except Unproven:
+                    continue
+        self.commit_whole(value)
+
+    def prefer(self, value: Value) -> str:
+        return self.modes.get(value.weight or "", "auto")
+
+    def gathers_after(self, weights: Sequence[str | None]) -> bool:
+        return any(self.modes.get(w or "") == "gather" for w in weights)
+
+    def worth_dividing(self, value: Value) -> bool:
+        return value.weight is not None and self.tensors.nbytes(value.weight) >= _WORTH * self.tensors.total_bytes
+
+    # ------------------------------------------------------------------ communication, without any
+    def emit(self, fn: Any, *args: Any, **kwargs: Any) -> Ref | None:
+        return None
+
+    def full(self, value: Value, why: str) -> Value:
+        self.commit_whole(value)
+        if self.place(value) is REPLICATED or value.place is REPLICATED:
+            return value
+        if value.whole is None:
+            value.whole = Value(None, REPLICATED, value.shapes, value.dtype, value.grad)
+        return value.whole
+
+    def enter(self, value: Value) -> Ref | None:
+        return None
+
+    def part(self, value: Value, dim: int, owners: Owners) -> Ref | None:
+        place = self.place(value)
+        if isinstance(place, Undecided):
+            self.commit(value, dim, owners)
+        elif isinstance(place, Sharded):
+            if place.dim != dim:
+                raise Unproven("divided along another dimension")
+            self.unify(owners, place.owners)
+        return None
+
+
+def _line(labels: np.ndarray, dim: int) -> np.ndarray:
+    """The labels along ``dim`` at the first index of every other dimension."""
+    return labels[tuple(slice(None) if d == dim else 0 for d in range(labels.ndim))].copy()
+
+
+def _groups_after(left: np.ndarray, right: np.ndarray) -> int:
+    """How many groups remain when ``left[i]`` and ``right[i]`` are joined."""
+    _, compact = np.unique(np.concatenate([left, right]), return_inverse=True)
+    scratch = Atoms()
+    scratch.create("", int(compact.max(initial=-1)) + 1)
+    scratch.union(compact[: len(left)], compact[len(left) :])
+    return scratch.groups(compact)
+
+
+_PERMUTING = ("transpose", "permute", "clone", "contiguous", "to", "_to_copy", "detach", "alias")
+_CUTTING = ("select", "unbind", "split", "chunk", "split_with_sizes", "slice")
+
+
+def cut_dims(node: fx.Node) -> set[int]:
+    """Dimensions of a result that its consumers take apart (``q, k, v = x.unbind(2)``): no good for dividing."""
+    fake = node.meta.get("val")
+    if not isinstance(fake, torch.Tensor):
+        return set()
+    found: set[int] = set()
+    todo: list[tuple[fx.Node, list[int]]] = [(node, list(range(fake.ndim)))]
+    while todo:
+        current, order = todo.pop()
+        for user in current.users:
+            schema = getattr(user.target, "_schema", None)
+            name = schema.name.split("::")[1] if schema is not None else ""
+            if not user.args or user.args[0] is not current:
+                continue
+            if name in _PERMUTING:
+                todo.append((user, _permuted(name, user, order)))
+            elif name in _CUTTING:
+                dim = _argument(user, "dim", 0)
+                if isinstance(dim, int) and not _whole_slice(name, user):
+                    found.add(order[dim % len(order)])
+    return found
+
+
+def _permuted(name: str, user: fx.Node, order: list[int]) -> list[int]:
+    if name == "transpose":
+        a, b = (int(d) % len(order) for d in user.args[1:3])  # type: ignore[arg-type]
+        order = list(order)
+        order[a], order[b] = order[b], order[a]
+    elif name == "permute":
+        order = [order[int(d) % len(order)] for d in user.args[1]]  # type: ignore[union-attr, arg-type]
+    return order
+
+
+def _argument(user: fx.Node, name: str, default: Any) -> Any:
+    if name in user.kwargs:
+        return user.kwargs[name]
+    arguments = user.target._schema.arguments  # type: ignore[union-attr]
+    position = next((i for i, a in enumerate(arguments) if a.name == name), None)
+    if position is not None and position < len(user.args):
+        return user.args[position]
+    return default
+
+
+def _whole_slice(name: str, user: fx.Node) -> bool:
+    if name != "slice":
+        return False
+    fake, source = user.meta.get("val"), user.args[0]
+    return isinstance(fake, torch.Tensor) and fake.shape == source.meta["val"].shape  # type: ignore[union-attr]
+

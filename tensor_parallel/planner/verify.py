@@ -1,0 +1,189 @@
+"""The plan against the unsharded model, before it is trusted: all ranks in one process, random weights, the example's inputs.
+
+No peer takes part, so a plan is checked where it is made. On a mismatch every operation is compared, to name the first that differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tensor_parallel.errors import PlanError
+from tensor_parallel.planner import simulate
+from tensor_parallel.planner.engine import Value
+from tensor_parallel.planner.export import Traced
+from tensor_parallel.planner.placement import Partial, Replicated, Sharded, positions
+from tensor_parallel.planner.program import map_refs
+from tensor_parallel.planner.prover import Prover
+from tensor_parallel.planner.shard import Shard
+from tensor_parallel.planner.tensors import Tensors
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # of the largest element, in float32; lower precision is given its own rounding
+LIMIT = 24_000_000  # stored elements up to which a plan is verified at its own size
+
+
+class Mismatch(PlanError):
+    """A plan computed something else than the model."""
+
+
+def verify(prover: Prover, traced: Traced, tensors: Tensors, shards: Mapping[str, Shard], buffers: Mapping[str, Tensor]) -> None:
+    """Raise :class:`Mismatch`, naming the first operation that differs, unless every rank computes what the model does."""
+    full = {name: _fill(name, tensors, buffers) for name in tensors.stored}
+    cache: dict[tuple[str, int], Tensor] = {}
+
+    def part(name: str, rank: int) -> Tensor:
+        if (name, rank) not in cache:
+            cache[name, rank] = shards[name].take(full[name], rank)
+        return cache[name, rank]
+
+    constants = {name: tensor for name, (_, tensor) in traced.constants.items()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        want = _reference(traced, tensors, full, constants)
+        got = _simulated(prover, traced, part, constants)
+        problem = _differs(traced, prover, want, got)
+        if problem is not None:
+            where = _first_difference(prover, traced, tensors, full, constants, part)
+            raise Mismatch(f"the plan computes {problem}; first difference: {where}")
+
+
+def _fill(name: str, tensors: Tensors, buffers: Mapping[str, Tensor]) -> Tensor:
+    """Seeded values of ordinary size for a parameter, the real ones for a buffer."""
+    stored = tensors.stored[name]
+    if not stored.is_parameter:
+        return buffers[name]
+    generator = torch.Generator().manual_seed(sum(name.encode()) * 7919 + len(name))
+    if not stored.dtype.is_floating_point:
+        return torch.zeros(stored.shape, dtype=stored.dtype)
+    noise = torch.randn(stored.shape, generator=generator)
+    if len(stored.shape) < 2:
+        return (0.5 + 0.1 * noise).to(stored.dtype)
+    return (noise / math.sqrt(max(1, stored.shape[-1]))).to(stored.dtype)
+
+
+def _inputs(traced: Traced) -> list[Any]:
+    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in traced.example]
+
+
+def _placeholders(traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for node, leaf in zip(traced.inputs, _inputs(traced), strict=True):
+        if node is not None:
+            values[node.name] = leaf
+    for name, (node, _) in traced.states.items():
+        values[node.name] = full[tensors.canonical(name)]
+    for name, (node, _) in traced.constants.items():
+        values[node.name] = constants[name]
+    return values
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the traced graph, keeping what it is asked to keep."""
+
+    def __init__(self, module: fx.GraphModule, values: Mapping[str, Any], keep: Callable[[fx.Node], bool]) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.values, self.keep, self.kept = values, keep, {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = self.values.get(n.name) if n.op == "placeholder" else super().run_node(n)
+        if self.keep(n):
+            self.kept[n] = result
+        return result
+
+
+def _reference(traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
+    torch.manual_seed(0)
+    outputs = {node for node in traced.outputs if isinstance(node, fx.Node)}
+    recorder = _Recorder(traced.module, _placeholders(traced, tensors, full, constants), outputs.__contains__)
+    recorder.run(*[None] * len(list(traced.graph.find_nodes(op="placeholder"))))
+    return recorder.kept
+
+
+def _simulated(prover: Prover, traced: Traced, part: Any, constants: Mapping[str, Tensor]) -> list[list[Any]]:
+    torch.manual_seed(0)
+    return simulate.run(prover.program, _inputs(traced), part, constants)
+
+
+def _differs(traced: Traced, prover: Prover, want: Mapping[fx.Node, Any], got: list[list[Any]]) -> str | None:
+    for index, (node, value) in enumerate(zip(traced.outputs, prover.output_values, strict=True)):
+        if not isinstance(node, fx.Node) or not isinstance(want[node], Tensor):
+            continue
+        locals_ = [outputs[index] for outputs in got]
+        for rank, whole in enumerate(_assemble(value, locals_)):
+            error = distance(whole, want[node])
+            if not error <= tolerance(want[node].dtype):
+                return f"output {index} with a relative error of {error:.1e} on rank {rank}"
+    return None
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return max(TOLERANCE, 200 * torch.finfo(dtype).eps) if dtype.is_floating_point and dtype.itemsize < 4 else TOLERANCE
+
+
+def distance(got: Any, want: Tensor) -> float:
+    """Largest difference relative to the largest element; infinite when shapes or non-finite entries differ."""
+    if not isinstance(got, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
+        return math.inf
+    if want.numel() == 0:
+        return 0.0
+    if not want.dtype.is_floating_point:
+        return 0.0 if bool((got == want).all()) else math.inf
+    a, b = got.double(), want.double()
+    finite = torch.isfinite(b)
+    if not bool((torch.isfinite(a) == finite).all()):
+        return math.inf
+    if not bool(finite.any()):
+        return 0.0
+    a, b = a[finite], b[finite]
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
+
+
+def _assemble(value: Any, locals_: list[Any]) -> list[Any]:
+    """The whole value as each rank (or all together) has it."""
+    place = value.place if isinstance(value, Value) else Replicated()
+    if isinstance(place, Replicated):
+        return locals_
+    if isinstance(place, Partial):
+        return [sum(locals_[1:], locals_[0])]
+    assert isinstance(place, Sharded)
+    size = sum(item.shape[place.dim] for item in locals_)
+    owner = next((o for o in place.owners if len(o) == size), None)
+    if owner is None:
+        return [None]
+    shape = list(locals_[0].shape)
+    shape[place.dim] = size
+    whole = locals_[0].new_empty(shape)
+    for rank, item in enumerate(locals_):
+        whole.index_copy_(place.dim, torch.from_numpy(positions(owner, rank)), item)
+    return [whole]
+
+
+def _first_difference(
+    prover: Prover, traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], constants: Mapping[str, Tensor], part: Any
+) -> str:
+    """Walk both computations and name the first operation whose result differs."""
+    torch.manual_seed(0)
+    recorder = _Recorder(traced.module, _placeholders(traced, tensors, full, constants), lambda node: node.op == "call_function")
+    recorder.run(*[None] * len(list(traced.graph.find_nodes(op="placeholder"))))
+    torch.manual_seed(0)
+    values = simulate.start(prover.program, _inputs(traced), part, constants)
+    for step in prover.program.steps:
+        simulate.execute(step, values, prover.ranks)
+    for node, want in recorder.kept.items():
+        value = prover.env.get(node)
+        if not isinstance(value, Value) or value.ref is None or value.ref.id not in values or not isinstance(want, Tensor):
+            continue
+        for whole in _assemble(value, values[value.ref.id]):
+            error = distance(whole, want)
+            if not error <= 10 * tolerance(want.dtype):
+                return f"{node.name} = {node.target} ({type(value.place).__name__}, relative error {error:.1e})"
+    return "none of the operations compared"
+
+
+__all__ = ["LIMIT", "Mismatch", "distance", "map_refs", "verify"]
