@@ -36,6 +36,7 @@ KEEP_SECONDS = 1.0
 QUIET_SECONDS = 0.5
 """No forward for so long, two heartbeats, means that the coordinator has heard of the draining and sends no more."""
 LEAVE_SECONDS = 5.0
+HURRY_SECONDS = 0.2
 
 
 class Daemon:
@@ -143,7 +144,11 @@ class Daemon:
         begun = time.monotonic()
         while self._in_use(time.monotonic() - begun) and not self._signals.wait(0.05, count=2):
             pass
-        self._built.membership.leave(f"rank {self._config.rank} is shutting down", LEAVE_SECONDS)
+        self._built.membership.leave(f"rank {self._config.rank} is shutting down", self._patience())
+
+    def _patience(self) -> float:
+        """How long to wait for each thing that ought to end at once; less if the operator is in a hurry."""
+        return HURRY_SECONDS if self._signals.wait(0.0, count=2) else LEAVE_SECONDS
 
     def _in_use(self, waited: float) -> bool:
         assert self._built is not None
@@ -153,11 +158,11 @@ class Daemon:
 
     def _close(self) -> None:
         for stopped in [server.stop(0.5) for server in self._servers]:
-            stopped.wait(LEAVE_SECONDS)
+            stopped.wait(self._patience())
         self._health.close()
         self._metrics.close()
         if self._built is not None:
-            self._built.engine.stop(LEAVE_SECONDS)
+            self._built.engine.stop(self._patience())
         listen = self._config.listen
         if self._servers and listen.is_unix:
             with contextlib.suppress(FileNotFoundError):

@@ -101,6 +101,7 @@ _TABLE = {
     "ConfigError": Code.FAILED_PRECONDITION,
     "CollectiveError": Code.UNAVAILABLE,
     "GroupUnbound": Code.UNAVAILABLE,
+    "DistError": Code.UNAVAILABLE,
     "OutOfMemoryError": Code.RESOURCE_EXHAUSTED,
     "MemoryError": Code.RESOURCE_EXHAUSTED,
     "PermissionError": Code.PERMISSION_DENIED,

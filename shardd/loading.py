@@ -19,6 +19,8 @@ from shardd.models import Model, Models, Served, check_digests
 
 UPDATE_SECONDS = 0.1
 """Progress is told at most this often."""
+ALIVE_SECONDS = 1.0
+"""And at least this often, so that planning a large model does not look like a hang."""
 
 Report = Callable[[str, int, int], None]
 """``(stage, bytes_done, bytes_total)``."""
@@ -233,10 +235,10 @@ class _Job:
             self._changed.notify()
 
     def updates(self) -> Iterator[shard_pb2.ShardLoadProgress]:
-        """Progress as it changes, to the end. Raises what the load ended with."""
+        """Progress as it changes, and now and then when it does not, to the end. Raises what the load ended with."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self.finished.is_set() or self._progress is not self._told)
+                self._changed.wait_for(self._news, ALIVE_SECONDS)
                 if self._error is not None:
                     raise self._error
                 self._told = progress = self._progress
@@ -244,6 +246,9 @@ class _Job:
             if progress.stage == "loaded":
                 return
             self.finished.wait(UPDATE_SECONDS)
+
+    def _news(self) -> bool:
+        return self.finished.is_set() or self._progress is not self._told
 
 
 def fingerprint(request: shard_pb2.ShardLoadRequest) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from shardd.config import Config, ConfigError, read_config
 
 EXIT_USAGE = 2
-EXIT_FINALISE_SECONDS = 5.0
+EXIT_FINALISE_SECONDS = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from protos.tensor_parallel.v1 import shard_pb2
-from shardd.channel import Channel
+from shardd.channel import Channel, StreamChannel
 from shardd.engine import Engine
 from shardd.errors import EXIT_STUCK, InvalidRequest, judge
 from shardd.generation import Generations
@@ -138,6 +138,12 @@ class Membership:
             timeout=timedelta(seconds=COLLECTIVE_SECONDS),
             host=self._host,
         )
+
+    def open_stream(self, generation: int, owner: str) -> StreamChannel:
+        """The running generation's channel over a gRPC stream, already served by the executor."""
+        channel = StreamChannel(generation)
+        self.open(generation, owner, channel)
+        return channel
 
     def open(self, generation: int, owner: str, channel: Channel) -> None:
         """Make ``channel`` the ordered channel of the running generation and let the executor serve it."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import grpc
 
 from protos.tensor_parallel.v1 import coordinator_pb2, shard_pb2, shard_pb2_grpc
-from shardd.channel import StreamChannel
 from shardd.errors import Draining, InvalidRequest, Starting, judge
 from shardd.loading import Loader, LoadFailed
 from shardd.logging import Logger
@@ -109,8 +108,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         first = next(requests, None)
         if first is None or not first.HasField("open"):
             raise InvalidRequest("the first message of a channel is open")
-        channel = StreamChannel(first.generation)
-        core.membership.open(first.generation, first.open.owner, channel)
+        channel = core.membership.open_stream(first.generation, first.open.owner)
         if not context.add_callback(channel.hang_up):
             channel.hang_up()
         context.send_initial_metadata(())  # tells the caller that the channel is open

@@ -72,10 +72,11 @@ class Rank:
         )
         self.stub = shard_pb2_grpc.ShardStub(self.grpc)
         self.owner = owner
+        self.lease_ms = 3000
         self.metadata = metadata
 
-    def lease(self, milliseconds: int = 3000) -> shard_pb2.Lease:
-        return shard_pb2.Lease(owner=self.owner, duration_milliseconds=milliseconds)
+    def lease(self) -> shard_pb2.Lease:
+        return shard_pb2.Lease(owner=self.owner, duration_milliseconds=self.lease_ms)
 
     def status(self, renew: bool = False, seconds: float = SECONDS) -> shard_pb2.StatusResponse:
         request = shard_pb2.StatusRequest(lease=self.lease() if renew else None)
@@ -92,8 +93,8 @@ class Rank:
         )
         return self.stub.Load(request, timeout=60, metadata=self.metadata)
 
-    def fence(self, generation: int, lease_ms: int = 3000, reason: str = "test") -> shard_pb2.FenceResponse:
-        request = shard_pb2.FenceRequest(generation=generation, lease=self.lease(lease_ms), reason=reason)
+    def fence(self, generation: int, reason: str = "test") -> shard_pb2.FenceResponse:
+        request = shard_pb2.FenceRequest(generation=generation, lease=self.lease(), reason=reason)
         return self.stub.Fence(request, timeout=SECONDS, metadata=self.metadata)
 
     def join(self, generation: int, store: str, models=(), milliseconds: int = 10_000) -> shard_pb2.JoinResponse:

@@ -9,7 +9,7 @@ import time
 import torch
 from torch import nn
 
-RAISE, MEMORY, SLEEP, MEMORY_ONE, RAISE_ONE, DIE_ONE = 1.0, 2.0, 3.0, 4.0, 5.0, 6.0
+RAISE, MEMORY, SLEEP, NAP, MEMORY_ONE, RAISE_ONE, DIE_ONE = 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0
 """What ``x[0, 0]`` asks a ``Moody`` for: on every rank, or (ONE) on rank 1 alone."""
 
 
@@ -41,13 +41,26 @@ def misbehave(mood: float) -> None:
         raise torch.OutOfMemoryError("tried to allocate more than there is")
     if mood == SLEEP:
         time.sleep(30.0)
+    if mood == NAP:
+        time.sleep(1.0)
     if mood == DIE_ONE and not first:
         os.kill(os.getpid(), 9)
 
 
-def mlp(**options: int) -> nn.Module:
-    return Mlp(**options)
+Made = tuple[nn.Module, dict[str, torch.Tensor]]
 
 
-def moody() -> nn.Module:
-    return Moody()
+def mlp(**options: int) -> Made:
+    model = Mlp(**options)
+    return model, {"x": torch.zeros(2, model.up.in_features)}
+
+
+def moody() -> Made:
+    return Moody(), {"x": torch.zeros(2, 16)}
+
+
+def slow() -> Made:
+    """Takes for ever to build, in small steps."""
+    for _ in range(600):
+        time.sleep(0.1)
+    return mlp()
