@@ -97,6 +97,12 @@ class Fleet:
         lost = [f"rank {rank.index} does not answer ({rank.error})" for rank in self.ranks if not rank.alive]
         return "; ".join(lost) or self.reason
 
+    async def refresh(self) -> None:
+        """Asks every rank for its status now, so that health tells what a change has just made true."""
+        beats = [rank.ask_status(self._lease()) for rank in self.ranks if rank.alive]
+        await asyncio.gather(*beats, return_exceptions=True)
+        self.changed.ring()
+
     def set_draining(self) -> None:
         self._set(DRAINING, "the coordinator is draining")
 
@@ -160,10 +166,12 @@ class Fleet:
                 bell = asyncio.create_task(self.changed.wait(1.0))
                 await asyncio.wait((task, bell), return_when=asyncio.FIRST_COMPLETED)
                 bell.cancel()
-            return task.result()
+            generation = task.result()
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        await self.refresh()
+        return generation
 
     def _begin(self, generation: Generation, seconds: float) -> None:
         self._generation, self.number = generation, generation.number

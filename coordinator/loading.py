@@ -139,8 +139,7 @@ class Loader:
         if previous is not None:
             self._retire(previous)
         self._stop_restoring(entry.name)
-        self._fleet.changed.ring()
-        await self.save()
+        await asyncio.gather(self._fleet.refresh(), self.save())
 
     async def save(self) -> None:
         """Writes the desired state, off the event loop. Raises Unavailable when the disk refuses."""
@@ -192,6 +191,7 @@ class Loader:
             return
         try:
             await generation.dispatch(Unload(entry.name, entry.version))
+            await self._fleet.refresh()
         except ServiceError as error:
             get_logger().info("unload_interrupted", model=entry.label, error=error.message)
 
@@ -254,8 +254,7 @@ class Loader:
                 pause = min(2 * pause, RESTORE_RETRY_MOST)
                 continue
             log.info("model_restored", generation=entry.live_in)
-            self._fleet.changed.ring()
-            await self.save()
+            await asyncio.gather(self._fleet.refresh(), self.save())
             return
 
     async def _restore_once(self, entry: ModelVersion) -> None:
