@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+from collections.abc import AsyncIterator
 
+from coordinator import systemd
 from coordinator.config import Config, ConfigError
 from coordinator.core import Core
 from coordinator.desired import DesiredState
@@ -41,7 +44,8 @@ async def serve(config: Config) -> int:
         health=server.health_address,
         metrics=exporter.address if exporter is not None else None,
     )
-    await stop.wait()
+    async with _told_to_systemd():
+        await stop.wait()
     await core.drain(config.drain)
     await core.stop()
     await server.stop(FAREWELL)
@@ -52,6 +56,17 @@ async def serve(config: Config) -> int:
         config.port_file.unlink(missing_ok=True)
     log.info("stopped")
     return 0
+
+
+@contextlib.asynccontextmanager
+async def _told_to_systemd() -> AsyncIterator[None]:
+    """Up while the block runs, stopping after it."""
+    keeper = asyncio.create_task(systemd.ready())
+    try:
+        yield
+    finally:
+        keeper.cancel()
+        systemd.notify("STOPPING=1")
 
 
 def _exporter(config: Config, metrics: Metrics) -> MetricsServer | None:

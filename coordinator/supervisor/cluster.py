@@ -18,7 +18,8 @@ class ClusterError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """This node's daemons. With ``listen`` HOST:PORT, rank i of the node listens on PORT+i; else on private sockets.
+    """This node's daemons. With ``listen`` HOST:PORT, rank i of the node listens on PORT+i; else on private sockets. So
+    with ``metrics_listen``; else without metrics.
 
     ``rank_offset`` is the first daemon's rank and ``world_size`` the number of ranks on all nodes (0: ``ranks``).
     """
@@ -34,6 +35,7 @@ class Node:
     world_size: int = 0
     advertise: str = ""
     interface: str = ""
+    metrics_listen: str = ""
     backend: str = ""
     drain_seconds: float = 30.0
     log_dir: Path | None = None
@@ -69,6 +71,7 @@ def daemons(node: Node, directory: Path) -> list[ChildSpec]:
         argv = [*_program("shardd"), "--rank", str(rank), "--world-size", str(world), "--threads", str(threads)]
         argv += ["--listen", daemon_address(node, directory, local), "--health-listen", health]
         argv += ["--device", "cuda" if pins else "cpu", "--drain-seconds", f"{node.drain_seconds:g}"]
+        argv += ["--metrics-listen", _port_after(node.metrics_listen, local)] if node.metrics_listen else []
         argv += _flags(node)
         environment = dict(os.environ)
         if pins:
@@ -90,7 +93,11 @@ def daemons(node: Node, directory: Path) -> list[ChildSpec]:
 def daemon_address(node: Node, directory: Path, local: int) -> str:
     if not node.listen:
         return f"unix:{directory}/rank{node.rank_offset + local}.sock"
-    host, _, port = node.listen.rpartition(":")
+    return _port_after(node.listen, local)
+
+
+def _port_after(address: str, local: int) -> str:
+    host, _, port = address.rpartition(":")
     return f"{host}:{int(port) + local}"
 
 
