@@ -63,7 +63,13 @@ def build(config: Config, board: Board, rendezvous: Rendezvous, metrics: Metrics
         log=log,
         fence_seconds=config.fence_seconds,
     )
-    reader = Reader(group=group, device=device.torch, model_root=config.model_root, factories=config.allow_factory)
+    reader = Reader(
+        group=group,
+        device=device.torch,
+        device_memory=device.memory,
+        model_root=config.model_root,
+        factories=config.allow_factory,
+    )
     loader = Loader(board.models, metrics, reader.read, log, board.generations.note)
     board.device, board.progress = device, progress
     engine.start()

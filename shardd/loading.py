@@ -115,7 +115,7 @@ class Loader:
                 if job.cancelled():
                     raise LoadCancelled("the load was cancelled")
                 check_digests(
-                    model.served,
+                    model.description,
                     request.expected_source_digest,
                     request.expected_plan_digest,
                     request.expected_shard_digest,

@@ -33,12 +33,6 @@ class Served(Protocol):
     """What the executor needs of a loaded model: ``tensor_parallel.serving.ServedModel`` has it."""
 
     @property
-    def source_digest(self) -> str: ...
-    @property
-    def plan_digest(self) -> str: ...
-    @property
-    def shard_digest(self) -> str: ...
-    @property
     def bytes_held(self) -> int: ...
 
     def validate(self, inputs: Mapping[str, torch.Tensor]) -> Any: ...
@@ -159,7 +153,7 @@ class Models:
         model = self._models.get((wanted.name, wanted.version))
         if model is None:
             raise WrongState(f"model {wanted.name!r} version {wanted.version!r} is not loaded here")
-        check_digests(model.served, wanted.source_digest, wanted.plan_digest, wanted.shard_digest, wanted.name)
+        check_digests(model.description, wanted.source_digest, wanted.plan_digest, wanted.shard_digest, wanted.name)
         return model
 
     def describe(self) -> list[shard_pb2.LoadedModel]:
@@ -189,12 +183,12 @@ class Models:
         return UnknownModel(f"model {name!r} version {version!r} is not loaded")
 
 
-def check_digests(served: Served, source: str, plan: str, shard: str, name: str) -> None:
-    """Raise :class:`WrongState`, explaining, if ``served`` differs from what its peers or its predecessor hold."""
+def check_digests(held: shard_pb2.LoadedModel, source: str, plan: str, shard: str, name: str) -> None:
+    """Raise :class:`WrongState`, explaining, if ``held`` differs from what its peers or its predecessor hold."""
     pairs = (
-        ("the checkpoint", served.source_digest, source),
-        ("the sharding plan", served.plan_digest, plan),
-        ("this rank's weights", served.shard_digest, shard),
+        ("the checkpoint", held.source_digest, source),
+        ("the sharding plan", held.plan_digest, plan),
+        ("this rank's weights", held.shard_digest, shard),
     )
     for what, have, expected in pairs:
         if expected and have != expected:
