@@ -14,8 +14,9 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from tensor_parallel.backends import form_backend
+from tensor_parallel.backends.rendezvous import is_timeout
 from tensor_parallel.backends.torch_group import TorchGroupBackend
-from tensor_parallel.errors import ConfigError, NotInitialized
+from tensor_parallel.errors import CollectiveError, CollectiveTimeout, ConfigError, NotInitialized
 from tensor_parallel.group import Backend, Group, process_group
 
 _LOG = logging.getLogger("tensor_parallel")
@@ -140,13 +141,21 @@ def _make_process_group(config: TensorParallelConfig, timeout: timedelta) -> Non
     on_gpu = config.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(config.device)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        rank=config.rank,
-        world_size=config.world_size,
-        timeout=timeout,
-        device_id=config.device if on_gpu else None,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            rank=config.rank,
+            world_size=config.world_size,
+            timeout=timeout,
+            device_id=config.device if on_gpu else None,
+        )
+    except RuntimeError as error:
+        detail = str(error).partition("\n")[0]
+        kind = CollectiveTimeout if is_timeout(detail) else CollectiveError
+        meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise kind(
+            f"rank {config.rank} of {config.world_size} could not join its group at {meeting}: {detail}"
+        ) from error
     _state.owns_process_group = True
 
 
