@@ -86,7 +86,7 @@ def serving(home: Path, scratch: Path) -> Iterator[str]:
     command = [str(home / "tritonserver" / "bin" / "tritonserver"), "--model-repository", str(scratch / "models")]
     command += ["--backend-directory", str(backends), "--allow-http", "false", "--allow-metrics", "false"]
     command += ["--grpc-address", "127.0.0.1", "--grpc-port", str(port)]
-    command += ["--model-control-mode", "explicit", "--load-model", "*"]
+    command += ["--model-control-mode", "explicit", "--load-model", "*", "--exit-timeout-secs", "3"]
     before = set(os.listdir("/dev/shm"))
     with (scratch / "log").open("w") as log:
         environment = os.environ | {"LD_LIBRARY_PATH": libraries, "PATH": path, "PYTHONNOUSERSITE": "1"}
