@@ -53,9 +53,9 @@ async def run(
     front: Front | None,
     models: Sequence[tuple[str, str]],
     settings: Settings,
-    ready: Callable[[Running], Any],
+    ready: Callable[[Running], None],
 ) -> None:
-    """Runs until SIGINT or SIGTERM (a second one kills at once), or until ``ready`` is done, if that is a coroutine.
+    """Runs until SIGINT or SIGTERM; a second one kills at once. ``ready`` is called once the cluster serves.
 
     Raises Failure with the right exit code when the cluster cannot start.
     """
@@ -132,7 +132,7 @@ async def _serve(
     front: Front | None,
     models: Sequence[tuple[str, str]],
     settings: Settings,
-    ready: Callable[[Running], Any],
+    ready: Callable[[Running], None],
 ) -> None:
     try:
         await supervisor.start()
@@ -145,11 +145,8 @@ async def _serve(
             await until_serving(client)
             await _load(client, models, quiet=bool(settings.json))
             running.models = await client.models()
-    told = ready(running)
-    if asyncio.iscoroutine(told):
-        await told
-    else:
-        await supervisor.wait()
+    ready(running)
+    await supervisor.wait()
 
 
 def _reachable(address: str) -> str:

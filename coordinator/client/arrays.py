@@ -100,7 +100,7 @@ def from_wire(dtype: int, shape: Sequence[int], data: Buffer | bytearray, *, as_
         )
     kind = DataType(dtype)
     if not as_torch:
-        return np.ndarray(tuple(shape), _numpy_dtype(kind), data)
+        return np.ndarray(tuple(shape), numpy_dtype(kind), data)
     torch = sys.modules["torch"]
     # torch has no read-only tensors, so this one copy cannot be saved.
     raw = torch.frombuffer(bytearray(data), dtype=torch.uint8) if expected else torch.empty(0, dtype=torch.uint8)
@@ -117,7 +117,8 @@ def byte_size(dtype: int, shape: Sequence[int]) -> int:
         ) from None
 
 
-def _numpy_dtype(kind: DataType) -> np.dtype[Any]:
+def numpy_dtype(kind: DataType) -> np.dtype[Any]:
+    """Raises RequestError (UNIMPLEMENTED) where numpy needs `ml_dtypes` for it, which is not installed."""
     if kind.numpy_dtype is not None:
         return kind.numpy_dtype
     try:

@@ -21,6 +21,11 @@ def become_subreaper() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def bound(argv: Sequence[str]) -> list[str]:
+    """``argv`` as a command whose process is killed when the *thread* that starts it ends; see execute.py."""
+    return [*_BARE, str(_HERE / "execute.py"), str(os.getpid()), *argv]
+
+
 def spawn(argv: Sequence[str], environment: Mapping[str, str], output: int | None = None) -> subprocess.Popen[bytes]:
     """Starts ``argv`` in a process group of its own; it is killed when the calling *thread* ends, so call from main.
 
@@ -28,7 +33,7 @@ def spawn(argv: Sequence[str], environment: Mapping[str, str], output: int | Non
     """
     sink = sys.stderr.fileno() if output is None else output
     return subprocess.Popen(
-        [*_BARE, str(_HERE / "execute.py"), str(os.getpid()), *argv],
+        bound(argv),
         env=dict(environment),
         stdin=subprocess.DEVNULL,
         stdout=sink,

@@ -1,7 +1,7 @@
 """A real gRPC server of the coordinator's protocol with scripted answers, for testing clients without a cluster.
 
 Models: `double` (doubles each input), `echo` (returns its inputs as they came), anything else is NOT_FOUND. Errors in
-``script`` are raised first, one a call.
+``script`` are raised first, one a call; None lets a call through.
 """
 
 from __future__ import annotations
@@ -22,19 +22,26 @@ CHUNK = 1000
 
 class Scripted(rpc.CoordinatorServicer):
     def __init__(self) -> None:
-        self.script: list[tuple[grpc.StatusCode, str, int | None]] = []
+        self.script: list[tuple[grpc.StatusCode, str, int | None] | None] = []
         self.request_ids: list[str] = []
         self.loads: list[pb.LoadRequest] = []
         self.metadata: list[dict[str, str]] = []
         self.chunks = 0
+        self.models = [pb.ModelInfo(name="double", version="1", serving=True)]
+        self.health = pb.HealthResponse(
+            serving=True,
+            generation=3,
+            coordinator=pb.CoordinatorHealth(pid=1, state="READY"),
+            ranks=[pb.RankHealth(rank=0, pid=2, state="READY", bytes_held=1 << 40)],
+        )
         self.release = threading.Event()
 
     def _begin(self, context: grpc.ServicerContext) -> None:
         metadata = dict(context.invocation_metadata())
         self.metadata.append(metadata)
         self.request_ids.append(metadata.get("x-request-id", ""))
-        if self.script:
-            code, message, hint = self.script.pop(0)
+        if self.script and (scripted := self.script.pop(0)) is not None:
+            code, message, hint = scripted
             trailing = (("x-request-id", metadata.get("x-request-id", "made-up")),)
             context.set_trailing_metadata((*trailing, ("retry-after-ms", str(hint))) if hint is not None else trailing)
             context.abort(code, message)
@@ -101,16 +108,11 @@ class Scripted(rpc.CoordinatorServicer):
 
     def Health(self, request, context):
         self._begin(context)
-        return pb.HealthResponse(
-            serving=True,
-            generation=3,
-            coordinator=pb.CoordinatorHealth(pid=1, state="READY"),
-            ranks=[pb.RankHealth(rank=0, pid=2, state="READY", bytes_held=1 << 40)],
-        )
+        return self.health
 
     def ListModels(self, request, context):
         self._begin(context)
-        return pb.ListModelsResponse(models=[pb.ModelInfo(name="double", version="1", serving=True)])
+        return pb.ListModelsResponse(models=self.models)
 
     def Plan(self, request, context):
         self._begin(context)
