@@ -74,6 +74,14 @@ for program in shardd coordinator; do
     [ -x "$root$prefix/bin/$program" ] || fail "$root$prefix/bin/$program is missing: install the package there first"
 done
 
+if [ -z "$root" ]; then
+    for path in "$prefix" "$(readlink -f "$prefix/bin/python3" || true)"; do
+        case $path in
+            /home/* | /root/* | /run/user/*) fail "$path: the units cannot see home directories; install below /opt" ;;
+        esac
+    done
+fi
+
 units=$root/usr/lib/systemd/system
 settings=$root/etc/tensor-parallel
 install -d -m 0755 "$units" "$root/usr/lib/sysusers.d" "$root/usr/lib/tmpfiles.d" "$settings" "$root/opt"

@@ -1,4 +1,4 @@
-"""Everything that one object says about another: names, selectors, ports, volumes, claims. Each dangling one is a line."""
+"""Everything that one object says about another: names, selectors, ports, volumes, claims. A dangling one is a line."""
 
 from __future__ import annotations
 
