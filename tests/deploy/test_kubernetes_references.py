@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from coordinator import config as coordinator_config
 from shardd import config as shardd_config
-from tests.deploy.manifests import OVERLAYS, Object, find, pods, render, settings
+from tests.deploy.manifests import OVERLAYS, ROOT, Object, find, of_kind, pods, render, settings
 from tests.deploy.references import dangling, shard_addresses
 
 
@@ -133,3 +134,29 @@ def _accepts_node(container: Object, variables: dict[str, str]) -> None:
     _place(node.make_context("node", arguments(container)).params)
     # Its daemons inherit the variables.
     shardd_config.read_config(["--rank=0", "--world-size=1"], variables)
+
+
+# ---- copies
+
+
+def test_the_cluster_has_the_same_alerts() -> None:
+    (rule,) = of_kind(render("overlays/monitoring"), "PrometheusRule")
+    alerts = yaml.safe_load((ROOT / "deploy/monitoring/alerts.yaml").read_text(encoding="utf-8"))
+    assert _folded(rule["spec"]) == _folded(alerts)
+
+
+def _folded(value: Any) -> Any:
+    """White space means nothing in these texts, and kustomize wraps long lines in its own way."""
+    if isinstance(value, dict):
+        return {key: _folded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_folded(each) for each in value]
+    return " ".join(value.split()) if isinstance(value, str) else value
+
+
+def test_the_dashboard_is_the_one_for_grafana() -> None:
+    dashboard = find(render("overlays/monitoring"), "ConfigMap", "dashboard")
+    assert dashboard["data"]["dashboard.json"] == (ROOT / "deploy/monitoring/dashboard.json").read_text(
+        encoding="utf-8"
+    )
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
