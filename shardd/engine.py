@@ -158,7 +158,7 @@ class Engine:
 
     def _execute(self, channel: Channel, execute: shard_pb2.ExecuteModel, response: Response) -> None:
         model = self._models.active(execute.model, execute.version)
-        names = model.sent(execute.outputs)
+        model.check_wanted(execute.outputs)
         start = time.perf_counter()
         before = self._group.stats.seconds
         inputs = channel.inputs(execute)
@@ -166,7 +166,7 @@ class Engine:
         ready = time.perf_counter()
         outputs = self._forward(model.served.run, inputs)
         done = time.perf_counter()
-        names = [name for name in names if name in outputs]
+        names = model.sent(execute.outputs, outputs)
         hosts = tensors.to_host([outputs[name] for name in names])
         result = response.execute
         result.forward_seconds = done - ready

@@ -28,11 +28,14 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What a reader made of a request: the model, what it wants said about it, and which outputs this rank sends."""
+    """What a reader made of a request: the model, what it wants said about it, and which outputs this rank sends
+    (see :class:`~shardd.models.Model`).
+    """
 
     served: Served
     description: shard_pb2.LoadedModel
     outputs: dict[str, bool]
+    first: bool
     warnings: list[str]
 
 
@@ -177,6 +180,7 @@ class Loader:
             outputs=weights.outputs,
             description=weights.description,
             metrics=self._metrics.model(request.name),
+            first=weights.first,
         )
 
     def _judge(self, request: shard_pb2.ShardLoadRequest, error: Exception) -> Verdict:

@@ -7,8 +7,8 @@ an Activate command, in order with everything else, or by being named in a Join.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,7 +41,11 @@ class Served(Protocol):
 
 @dataclass
 class Model:
-    """One loaded version. ``outputs`` maps every output's name to whether this rank sends its (part of) it."""
+    """One loaded version.
+
+    ``outputs`` maps every output's name to whether this rank sends its (part of) it. It is empty for a model whose
+    outputs show only when it runs: they are whole on every rank then, and the ``first`` rank sends them.
+    """
 
     name: str
     version: str
@@ -50,23 +54,26 @@ class Model:
     outputs: Mapping[str, bool]
     description: shard_pb2.LoadedModel
     metrics: ModelMetrics
+    first: bool
     state: State = State.LOADED
-    all_sent: list[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.all_sent = [name for name, sent in self.outputs.items() if sent]
+    def check_wanted(self, wanted: Sequence[str]) -> None:
+        """Raise :class:`InvalidRequest` if the model is known not to have an output that the caller wants."""
+        if self.outputs:
+            self._check(wanted, self.outputs)
 
-    def sent(self, wanted: Sequence[str]) -> list[str]:
-        """Which outputs this rank sends when the caller wants ``wanted`` (none: all of them)."""
-        if not wanted:
-            return self.all_sent
-        unknown = [name for name in wanted if name not in self.outputs]
-        if unknown:
+    def sent(self, wanted: Sequence[str], made: Collection[str]) -> list[str]:
+        """Which of the outputs just ``made`` this rank sends when the caller wants ``wanted`` (none: all of them)."""
+        if not self.outputs:
+            self._check(wanted, made)
+        return [name for name in wanted or made if name in made and self.outputs.get(name, self.first)]
+
+    def _check(self, wanted: Sequence[str], known: Collection[str]) -> None:
+        if unknown := [name for name in wanted if name not in known]:
             raise InvalidRequest(
                 f"model {self.name!r} has no output {', '.join(map(repr, unknown))}; "
-                f"its outputs are {', '.join(map(repr, self.outputs))}"
+                f"its outputs are {', '.join(map(repr, known))}"
             )
-        return [name for name in dict.fromkeys(wanted) if self.outputs[name]]
 
     def describe(self) -> shard_pb2.LoadedModel:
         message = shard_pb2.LoadedModel()

@@ -59,8 +59,9 @@ class Reader:
             cancelled=cancelled,
         )
         warnings = _warnings(served)
-        sent = {output.name: is_sharded(output) or self._group.rank == 0 for output in served.outputs}
-        return LoadedWeights(served, describe_model(request, served, self._group.rank, warnings), sent, warnings)
+        rank = self._group.rank
+        sent = {output.name: is_sharded(output) or rank == 0 for output in served.outputs}
+        return LoadedWeights(served, describe_model(request, served, rank, warnings), sent, rank == 0, warnings)
 
     def plan(self, request: coordinator_pb2.PlanRequest) -> coordinator_pb2.PlanResponse:
         """What sharding the model would cost, from its description alone."""

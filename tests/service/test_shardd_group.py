@@ -24,9 +24,7 @@ PROBE = shard_pb2.Probe()
 @pytest.fixture(scope="module", params=["gloo", "shm"])
 def daemons(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
     directory = tmp_path_factory.mktemp(request.param)
-    with Daemons(
-        2, directory, arguments=[*FACTORIES, "--backend", request.param], module="tests.service.standin"
-    ) as started:
+    with Daemons(2, directory, arguments=[*FACTORIES, "--backend", request.param]) as started:
         started.backend = request.param
         yield started
 
@@ -58,6 +56,7 @@ def expected(x: np.ndarray) -> np.ndarray:
 def assert_serves(ranks: Ranks, model: str = "mlp") -> None:
     x = inputs()
     first, *_ = ranks.execute(model, x=x)
+    assert first.HasField("execute"), first
     np.testing.assert_allclose(array(first.execute.outputs[0]), expected(x), atol=1e-5)
 
 

@@ -65,7 +65,7 @@ def start(tmp_path: Path, arguments: list[str], **options) -> Shardd:
 
 @pytest.fixture
 def one(tmp_path: Path, basics: list[str]) -> Iterator[Shardd]:
-    daemon = start(tmp_path, [*basics, *FACTORIES, "--listen", f"unix:{tmp_path}/s"], module="tests.service.standin")
+    daemon = start(tmp_path, [*basics, *FACTORIES, "--listen", f"unix:{tmp_path}/s"])
     yield daemon
     daemon.kill()
 
@@ -209,7 +209,7 @@ def test_a_second_sigterm_hurries(one: Shardd) -> None:
 
 def test_a_forward_that_will_not_let_go_costs_the_process(tmp_path: Path, basics: list[str]) -> None:
     arguments = [*basics, *FACTORIES, "--listen", f"unix:{tmp_path}/s", "--fence-seconds", "0.3"]
-    daemon = start(tmp_path, arguments, module="tests.service.standin")
+    daemon = start(tmp_path, arguments)
     try:
         with Ranks([daemon.address]) as ranks:
             ranks.load("moody", "tests.service.shard_models:moody")
@@ -360,7 +360,7 @@ def test_systemd_hears_of_ready_watchdog_and_stopping(tmp_path: Path, basics: li
         listener.start()
         environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "300000"}
         arguments = [*basics, *FACTORIES, "--listen", f"unix:{tmp_path}/s", "--stuck-seconds", "0.2"]
-        daemon = start(tmp_path, arguments, env=environment, module="tests.service.standin")
+        daemon = start(tmp_path, arguments, env=environment)
         try:
             wait_for(lambda: "READY=1" in heard, "READY=1")
             wait_for(lambda: heard.count("WATCHDOG=1") >= 2, "the watchdog to be fed")
