@@ -13,6 +13,7 @@ from protos.tensor_parallel.v1 import shard_pb2
 
 RETRY_MS = 250
 HELD = ("LOADED", "ACTIVE")
+MOST_UNLOADED = 256  # names remembered; the oldest are forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ class Catalog:
         self.current: dict[str, ModelVersion] = {}
         self.loading: dict[str, ModelVersion] = {}
         self.retiring: list[ModelVersion] = []
+        self.unloaded: dict[str, ModelVersion] = {}
+        """What each name was when it was unloaded, so that it can be loaded again by name alone."""
         self._last_version: dict[str, int] = {}
 
     def note_version(self, name: str, version: str) -> None:
@@ -111,6 +114,16 @@ class Catalog:
 
     def next_version(self, name: str) -> str:
         return str(self._last_version.get(name, 0) + 1)
+
+    def note_unloaded(self, entry: ModelVersion) -> None:
+        self.unloaded.pop(entry.name, None)
+        self.unloaded[entry.name] = ModelVersion(entry.name, entry.version, entry.path, entry.options)
+        while len(self.unloaded) > MOST_UNLOADED:
+            del self.unloaded[next(iter(self.unloaded))]
+
+    def last(self, name: str) -> ModelVersion | None:
+        """What serves under this name, or did last."""
+        return self.current.get(name) or self.unloaded.get(name)
 
     def find(self, name: str, version: str = "") -> ModelVersion:
         """The entry, live or not. Raises NotFound, or FailedPrecondition during the very first load."""

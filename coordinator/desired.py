@@ -30,6 +30,8 @@ class DesiredState:
         """Raises ConfigError when the directory cannot be used, or another coordinator is using it."""
         self._directory = directory
         self._lock: int | None = None
+        self.unloaded: list[ModelVersion] = []
+        """Read by ``load``: what could be loaded again by name."""
         if directory is None:
             return
         try:
@@ -53,15 +55,20 @@ class DesiredState:
             state = json.loads(self.path.read_text(encoding="utf-8"))
             if state["format"] != FORMAT:
                 raise ConfigError(f"{self.path} has format {state['format']!r}, this version reads {FORMAT}")
+            self.unloaded = [_read(model, world_size) for model in state.get("unloaded", [])]
             return [_read(model, world_size) for model in state["models"]]
         except (OSError, ValueError, KeyError, TypeError, json_format.ParseError) as error:
             raise ConfigError(f"{self.path} cannot be read as a desired state: {error!r}") from None
 
-    def save(self, models: Iterable[ModelVersion], world_size: int) -> None:
+    def save(self, models: Iterable[ModelVersion], world_size: int, unloaded: Iterable[ModelVersion] = ()) -> None:
         """Blocks until the file is on disk. Raises OSError."""
         if self.path is None or self._directory is None:
             return
-        state = {"format": FORMAT, "models": [_write(model, world_size) for model in models]}
+        state = {
+            "format": FORMAT,
+            "models": [_write(model, world_size) for model in models],
+            "unloaded": [_write(model, world_size) for model in unloaded],
+        }
         temporary = self._directory / (FILE + ".new")
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(state, file, indent=2, sort_keys=True)

@@ -37,6 +37,9 @@ class Loader:
         self._fleet = fleet
         self._desired = desired
         self._metrics = metrics
+        for entry in desired.unloaded:
+            catalog.note_unloaded(entry)
+            catalog.note_version(entry.name, entry.version)
         self._restoring: dict[str, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
 
@@ -67,8 +70,7 @@ class Loader:
         name = request.name
         if not name or len(name) > MAX_NAME or not name.isprintable() or name in RESERVED:
             raise InvalidArgument(f"{name!r} cannot be the name of a model")
-        if not request.path:
-            raise InvalidArgument("path is empty: it names what to load, within the daemons' model root")
+        path, options = self._source(request)
         if len(request.version) > MAX_NAME or not request.version.isprintable():
             raise InvalidArgument("version must be short and printable")
         self._fleet.ready()
@@ -77,12 +79,26 @@ class Loader:
         version = request.version or self._catalog.next_version(name)
         if (name, version) in self._catalog.wanted():
             raise FailedPrecondition(f"model {name}@{version} is there already; load it under another version")
-        options = pb.LoadOptions()
-        options.CopyFrom(request.options)
-        entry = ModelVersion(name, version, request.path, options)
+        entry = ModelVersion(name, version, path, options)
         self._catalog.note_version(name, version)
         self._catalog.loading[name] = entry
         return entry
+
+    def _source(self, request: pb.LoadRequest) -> tuple[str, pb.LoadOptions]:
+        """Without a path: what the name stands for already, with the options it had and those now given."""
+        options = pb.LoadOptions()
+        known = self._catalog.last(request.name)
+        if request.path:
+            options.CopyFrom(request.options)
+            return request.path, options
+        if known is None:
+            raise InvalidArgument(
+                f"path is empty, and nothing was loaded under {request.name!r} before: "
+                "it names what to load, within the daemons' model root"
+            )
+        options.CopyFrom(known.options)
+        options.MergeFrom(request.options)
+        return known.path, options
 
     async def _load(self, entry: ModelVersion, report: _Report) -> None:
         log = get_logger(model=entry.label)
@@ -145,7 +161,8 @@ class Loader:
         """Writes the desired state, off the event loop. Raises Unavailable when the disk refuses."""
         models = list(self._catalog.current.values())
         try:
-            await asyncio.to_thread(self._desired.save, models, self._config.world_size)
+            unloaded = list(self._catalog.unloaded.values())
+            await asyncio.to_thread(self._desired.save, models, self._config.world_size, unloaded)
         except OSError as error:
             get_logger().error("state_not_saved", error=str(error))
             raise Unavailable(f"the desired state could not be written: {error.strerror}") from None
@@ -160,6 +177,7 @@ class Loader:
             if loading is not None:
                 raise FailedPrecondition(f"model {loading.label} is being loaded; cancel that first")
             raise NotFound(f"there is no model {name!r}")
+        self._catalog.note_unloaded(entry)
         self._stop_restoring(name)
         self._metrics.forget_model(name)
         get_logger().info("unload", model=entry.label)

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import nn
 
-DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
-
 
 class Simple(nn.Module):
-    """Triton's own example model."""
+    """Triton's own example model, which takes rows of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("nothing", torch.zeros(16, dtype=torch.int32))
 
     def forward(self, INPUT0: torch.Tensor, INPUT1: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"OUTPUT0": INPUT0 + INPUT1, "OUTPUT1": INPUT0 - INPUT1}
+        return {"OUTPUT0": INPUT0 + INPUT1 + self.nothing, "OUTPUT1": INPUT0 - INPUT1}
 
 
 class Identity(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+
+class Sleepy(nn.Module):
+    """Takes ``x[0, 0]`` seconds, and with them a place at the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(max(0.0, float(x[0, 0])))
+        return self.layer(x)
 
 
 def simple() -> nn.Module:
@@ -36,3 +42,7 @@ def simple() -> nn.Module:
 
 def identity() -> nn.Module:
     return Identity()
+
+
+def sleepy() -> nn.Module:
+    return Sleepy()
