@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from coordinator.cli.failures import USAGE, Failure
 from coordinator.cli.settings import option, settings_of, shared
 from coordinator.cli.show import console, print_json, size, table
+
+if TYPE_CHECKING:
+    from tensor_parallel.checkpoint.source import Source
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -74,12 +77,22 @@ def make_report(path: Path, ranks: int, device_memory: int, dtype: str, architec
     options = {key: value for key, value in (("dtype", dtype), ("architecture", architecture)) if value}
     where = path.resolve()
     try:
-        source = open_source(where.name, where.parent, "auto", options)
+        if where.is_dir() and not any(where.glob("*.safetensors*")):
+            source = _from_config(where, options)
+        else:
+            source = open_source(where.name, where.parent, "auto", options)
         plan = make_plan(source.build_meta(), source.example_inputs(), ranks, gather_outputs=False, verify=False)
     except TensorParallelError as error:
         raise Failure(str(error)) from None
     report: dict[str, Any] = json.loads(plan_report(plan, str(path), device_memory).report_json)
     return report | {"fits": report["fits"] if device_memory else None}
+
+
+def _from_config(directory: Path, options: dict[str, Any]) -> Source:
+    from tensor_parallel.checkpoint.huggingface_config import ConfigSource
+    from tensor_parallel.checkpoint.options import SourceOptions
+
+    return ConfigSource(directory, SourceOptions.parse(options, ()))
 
 
 def show(report: dict[str, Any]) -> None:

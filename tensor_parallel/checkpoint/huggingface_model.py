@@ -141,6 +141,15 @@ def resolve(build: Any, config: Any, stored: Mapping[str, StoredTensor], dtype: 
     return Resolved(model, {name: values[id(value)] for name, value in named}, tuple(sorted(info.unexpected_keys)))
 
 
+def without_weights(build: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model as its config alone describes it: weights on the meta device, buffers computed."""
+    model = _empty_model(build, config, dtype)
+    model.tie_weights()
+    _compute_the_rest(model, set())
+    found: nn.Module = model.eval()
+    return found
+
+
 def _empty_model(build: Any, config: Any, dtype: torch.dtype) -> Any:
     config = copy.deepcopy(config)
     for part in _configs(config):
