@@ -44,6 +44,7 @@ class Core:
             on_status=self._status_known,
             on_ready=self._generation_ready,
             on_ended=self._generation_ended,
+            on_superseded=self._superseded,
         )
         self._forwarder = Forwarder(config, self._catalog, self._fleet, metrics)
         self._loader = Loader(config, self._catalog, self._fleet, desired, metrics)
@@ -107,6 +108,12 @@ class Core:
 
     def _generation_ended(self, ending: Ending) -> None:
         self._forwarder.generation_ended(ending)
+
+    def _superseded(self) -> None:
+        """Without a state file the ranks' next owner decides what they serve, and this coordinator takes it over."""
+        if self._desired.path is None:
+            self._catalog.current.clear()
+            self._adopting = True
 
     # ---- work
 

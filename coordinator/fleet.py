@@ -27,7 +27,10 @@ TAKEOVER_JITTER = 0.2  # seconds: two coordinators in standby should not reach f
 
 
 class Fleet:
-    """``on_status`` sees the ranks' statuses before each generation, ``on_ready`` and ``on_ended`` each generation."""
+    """``on_status`` sees the ranks' statuses before each generation, ``on_ready`` and ``on_ended`` each generation.
+
+    ``on_superseded``: another coordinator owns the ranks now, and may change what they serve.
+    """
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class Fleet:
         on_status: Callable[[list[pb.StatusResponse]], None],
         on_ready: Callable[[Generation], None],
         on_ended: Callable[[Ending], None],
+        on_superseded: Callable[[], None],
     ) -> None:
         self.owner = owner
         self.state = FORMING
@@ -52,6 +56,7 @@ class Fleet:
         self._on_status = on_status
         self._on_ready = on_ready
         self._on_ended = on_ended
+        self._on_superseded = on_superseded
         self._generation: Generation | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -79,6 +84,11 @@ class Fleet:
         """The one that is READY, if any."""
         generation = self._generation
         return generation if generation is not None and generation.alive else None
+
+    @property
+    def knows_models(self) -> bool:
+        """Whether this coordinator can tell which models there are: it owned the ranks, and no other does."""
+        return self.number > 0 and self.state != STANDBY
 
     def ready(self) -> Generation:
         """Raises Unavailable, naming the rank and the reason."""
@@ -196,6 +206,7 @@ class Fleet:
     async def _stand_by(self, superseded: Superseded) -> None:
         """Until no other coordinator's lease is left on any rank."""
         self._set(STANDBY, str(superseded))
+        self._on_superseded()
         while any(rank.status is None or rank.status.owner not in ("", self.owner) for rank in self.ranks):
             await self.changed.wait(self._config.heartbeat)
         await asyncio.sleep(random.uniform(0, TAKEOVER_JITTER))

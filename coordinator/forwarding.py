@@ -40,11 +40,8 @@ class Forwarder:
 
     async def run(self, request: InferRequest) -> InferResult:
         """Raises ServiceError. A caller that is cancelled leaves the queue; what was dispatched runs to its end."""
-        generation = self._fleet.generation
-        if generation is None:
-            self._catalog.find(
-                request.model, request.version
-            )  # an unknown model stays unknown, whatever the group does
+        if self._fleet.knows_models:  # an unknown model stays unknown, whatever the group does
+            self._catalog.find(request.model, request.version)
         number = self._fleet.ready().number
         entry = self._catalog.ready(request.model, request.version, number)
         rows = check(request, entry)

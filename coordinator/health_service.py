@@ -1,4 +1,4 @@
-"""``grpc.health.v1.Health``: Check, Watch and List, from the same truth as everything else."""
+"""``grpc.health.v1.Health``: Check and Watch, from the same truth as everything else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc
 
 from coordinator.core import Core
-from coordinator.health import COORDINATOR
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 SERVICE = "grpc.health.v1.Health"
@@ -41,10 +40,3 @@ class HealthService(health_pb2_grpc.HealthServicer):
             if status != last:
                 last = status
                 yield pb.HealthCheckResponse(status=status)
-
-    async def List(self, request: Any, context: Context) -> Any:
-        names = ["", COORDINATOR, *(model.name for model in self._core.models())]
-        response: Any = pb.HealthListResponse()  # type: ignore[attr-defined]
-        for name in names:
-            response.statuses[name].status = self._status(name)
-        return response

@@ -88,8 +88,9 @@ def check_bounds(value: TensorValue, spec: tensor_pb2.TensorSpec) -> None:
 
 
 def _check_outputs(request: InferRequest, known: list[str], model: str) -> None:
+    """A model that could not be traced tells its outputs only when it runs: then the ranks check."""
     for name in [*request.outputs, *request.output_regions]:
-        if name not in known:
+        if known and name not in known:
             raise InvalidArgument(f"model {model!r} has no output {name!r} (it has {', '.join(known)})")
     if len(set(request.outputs)) != len(request.outputs):
         raise InvalidArgument("an output is asked for twice")
@@ -106,7 +107,7 @@ def can_join(entry: ModelVersion) -> bool:
     info = entry.info
     assert info is not None
     specs = [*info.inputs, *info.outputs]
-    return bool(specs) and all(len(spec.shape) > 0 and spec.shape[0] == FREE for spec in specs)
+    return bool(info.inputs and info.outputs) and all(len(spec.shape) > 0 and spec.shape[0] == FREE for spec in specs)
 
 
 def _names(specs: dict[str, tensor_pb2.TensorSpec]) -> str:

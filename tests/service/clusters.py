@@ -1,9 +1,9 @@
 """A coordinator over daemons, as real processes, and what tests say to it.
 
-    with Cluster(2, tmp_path, model_root=models) as cluster:
-        cluster.load("m", "tests.service.shard_models:mlp", kind="factory")
-        cluster.forward("m", {"x": array})["output"]
-        cluster.coordinator.kill(); cluster.restart_coordinator()
+with Cluster(2, tmp_path, model_root=models) as cluster:
+    cluster.load("m", "tests.service.shard_models:mlp", kind="factory")
+    cluster.forward("m", {"x": array})["output"]
+    cluster.coordinator.kill(); cluster.restart_coordinator()
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import coordinator_pb2_grpc
 from tests.service.daemons import DaemonProcess, Daemons, wait_for
 
+import os
+
+MODULE = os.environ.get("FAKE_MODULE", "shardd")
+ENV = {"PYTHONPATH": "/tmp/fake:/work/main"} if MODULE != "shardd" else None
 FACTORIES = ("mlp", "moody")
 CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
@@ -32,9 +36,7 @@ class CoordinatorProcess(DaemonProcess):
         self.port_file.unlink(missing_ok=True)
         flags = ["--listen", listen, "--port-file", str(self.port_file), "--log-format", "json"]
         shard_flags = [flag for shard in shards for flag in ("--shard", shard)]
-        super().__init__(
-            [*flags, *shard_flags, *arguments], log=directory / "coordinator.log", module="coordinator"
-        )
+        super().__init__([*flags, *shard_flags, *arguments], log=directory / "coordinator.log", module="coordinator")
         self.address = ""
 
     def await_address(self) -> str:
@@ -103,8 +105,8 @@ class Cluster(Caller):
         model_root: Path | None = None,
         arguments: Sequence[str] = (),
         daemon_arguments: Sequence[str] = (),
-        module: str = "shardd",
-        env: Mapping[str, str] | None = None,
+        module: str = MODULE,
+        env: Mapping[str, str] | None = ENV,
     ) -> None:
         self.directory = directory
         self.arguments = list(arguments)

@@ -81,3 +81,4 @@ def test_joining_needs_a_free_leading_dimension_everywhere():
     assert not can_join(entry(outputs=(OUT, scalar)))
     assert not can_join(entry(inputs=(IDS, fixed)))
     assert not can_join(entry(inputs=(), outputs=()))
+    assert not can_join(entry(outputs=()))  # not known until it runs
