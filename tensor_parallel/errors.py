@@ -42,6 +42,10 @@ class CollectiveMismatch(CollectiveError):
     """The ranks called different collectives, or the same one with different shapes or dtypes."""
 
 
+class AbortStuck(CollectiveError):
+    """A device did not let go of an aborted collective. Only ending the process frees it."""
+
+
 class PeerLost(CollectiveError):
     """A peer died or closed its connection while the group needed it."""
 

@@ -58,6 +58,13 @@ class Backend(Protocol):
         """End the generation, from any thread: a blocked or later collective raises ``CollectiveAborted`` promptly."""
         ...
 
+    def check(self) -> None:
+        """Raise ``CollectiveAborted`` if the generation has been ended.
+
+        Where collectives return before they have run (CUDA), call it after synchronising and before using a result.
+        """
+        ...
+
     def close(self) -> None:
         """Release sockets, threads and memory. Idempotent; nothing may be called afterwards."""
         ...

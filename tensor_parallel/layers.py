@@ -26,10 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tensor_parallel.collectives import all_gather_concat, all_reduce_sum, copy_to_ranks, scatter
+from tensor_parallel.embedding import VocabParallelEmbedding
 from tensor_parallel.errors import ConfigError, ShapeError
 from tensor_parallel.group import Group
 from tensor_parallel.partition import split_range, split_sizes
 from tensor_parallel.placed import PlacedModule, rank_generator
+
+__all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding"]
 
 
 class _ParallelLinear(PlacedModule):

@@ -505,6 +505,8 @@ EXPORT struct region *tp_open(int fd, int rank, int ranks, uint64_t slot, const 
 /* From any thread, at any time before tp_close. */
 EXPORT void tp_abort(struct region *g, const char *reason) { fail(g, ABORTED | (uint32_t)g->rank << 8, reason); }
 
+EXPORT int tp_failure(struct region *g) { return failure_of(g); }
+
 EXPORT const char *tp_reason(struct region *g) { return atomic_load(&g->header->reason_ready) ? g->header->reason : ""; }
 
 /* No other call may be running. */

@@ -8,6 +8,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from tensor_parallel.backends.gloo import GlooBackend
+from tensor_parallel.backends.nccl import NcclBackend
 from tensor_parallel.backends.shm import ShmBackend
 from tensor_parallel.backends.shm_handshake import Host, exchange_hosts
 from tensor_parallel.backends.shm_library import MAX_RANKS, load_library
@@ -68,7 +69,7 @@ def _connect(
     host: str,
 ) -> Backend:
     if kind == "nccl" or (kind == "auto" and device.type == "cuda"):
-        raise ConfigError("backend 'nccl' is not available yet")
+        return NcclBackend(store, rank, world_size, device, timeout)
     if device.type != "cpu":
         raise ConfigError(f"backend {kind!r} moves CPU tensors, not those of {device}")
     if kind == "shm":

@@ -136,6 +136,10 @@ class ShmBackend:
             if self._region is not None:
                 self._library.tp_abort(self._region, reason.encode("utf-8", "replace")[:500])
 
+    def check(self) -> None:
+        with self._life:
+            self._check(self._library.tp_failure(self._open()), "check")
+
     def close(self) -> None:
         """Release everything. A collective that still runs, in another thread, is aborted first."""
         if not self._busy.acquire(blocking=False):

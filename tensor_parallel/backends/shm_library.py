@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from functools import cache
 from pathlib import Path
 
 from torch import bfloat16, dtype, float16, float32, float64, int8, int16, int32, int64, uint8, uint16, uint32, uint64
 
+_LOG = logging.getLogger("tensor_parallel")
 MAX_RANKS = 128
 
 # The order of `enum dtype` in _shm.c; signed and unsigned integers wrap alike.
@@ -31,6 +33,7 @@ _SIGNATURES = {
     "tp_open": (_POINTER, [_INT, _INT, _INT, _U64, _POINTER, ctypes.c_double, _INT]),
     "tp_close": (None, [_POINTER]),
     "tp_abort": (None, [_POINTER, ctypes.c_char_p]),
+    "tp_failure": (_INT, [_POINTER]),
     "tp_reason": (ctypes.c_char_p, [_POINTER]),
     "tp_all_reduce": (_INT, [_POINTER, _POINTER, _U64, _INT, _U64]),
     "tp_all_gather": (_INT, [_POINTER, _POINTER, _POINTER, _U64, _POINTER]),
@@ -47,12 +50,15 @@ def load_library() -> ctypes.CDLL | None:
         return None
     for path in sorted(Path(__file__).parent.glob("_shm*.so")):
         try:
-            library = ctypes.CDLL(str(path), use_errno=True)
-        except OSError:  # built for another machine or C library
-            continue
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype = result
-            function.argtypes = arguments
-        return library
+            return _declared(ctypes.CDLL(str(path), use_errno=True))
+        except (OSError, AttributeError) as error:  # built for another machine, or from another version's source
+            _LOG.warning("cannot use %s, building the package again would help: %s", path.name, error)
     return None
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
+    return library

@@ -101,6 +101,10 @@ class TorchGroupBackend:
                 self._aborted = reason
                 self._cut()
 
+    def check(self) -> None:
+        if self._aborted is not None:
+            raise CollectiveAborted(self._describe("check", self._aborted))
+
     def close(self) -> None:
         self._group = None
 

@@ -111,6 +111,10 @@ class Ranks:
     def pids(self) -> list[int]:
         return [process.pid or 0 for process in self.processes]
 
+    def set(self, store: str, key: str) -> None:
+        """Tell the function that runs something, through ``place.store(store)``."""
+        PrefixStore(f"run{self._runs}/{store}", self._server).set(key, "1")
+
     def wait_for(self, *keys: str) -> None:
         """Until the function that runs has set ``keys`` in ``place.store()``."""
         PrefixStore(f"run{self._runs}/", self._server).wait(list(keys), _PATIENCE)

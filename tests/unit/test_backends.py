@@ -1,0 +1,66 @@
+"""Choosing a backend, and what it refuses, before any peer is needed."""
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from tensor_parallel.backends import form_backend, shm_library
+from tensor_parallel.backends.layout import join_gathered, raw_bytes, split_for_ranks
+from tensor_parallel.backends.shm_handshake import Host
+from tensor_parallel.errors import ConfigError
+
+
+def form(kind: str, device: str = "cpu", rank: int = 0, world_size: int = 2) -> object:
+    return form_backend(kind, store=HashStore(), rank=rank, world_size=world_size, device=device)
+
+
+def test_an_unknown_kind_is_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match="unknown backend 'mpi': choose one of auto, gloo, nccl, shm"):
+        form("mpi")
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shm"])
+def test_cpu_backends_refuse_gpu_tensors(kind: str) -> None:
+    with pytest.raises(ConfigError, match="moves CPU tensors, not those of cuda:0"):
+        form(kind, "cuda:0")
+
+
+def test_nccl_refuses_the_cpu() -> None:
+    with pytest.raises(ConfigError, match="'nccl' needs a CUDA device"):
+        form("nccl")
+
+
+def test_an_impossible_rank_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"\[0, 2\)"):
+        form("gloo", rank=2)
+
+
+def test_shm_without_its_compiled_part_says_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensor_parallel.backends.shm.load_library", lambda: None)
+    with pytest.raises(ConfigError, match='not built here; use "gloo"'):
+        form("shm")
+
+
+def test_a_library_of_another_build_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "_shm.so").write_bytes(b"not a library")
+    monkeypatch.setattr(shm_library, "__file__", str(tmp_path / "shm_library.py"))
+    assert shm_library.load_library.__wrapped__() is None
+    assert "building the package again" in caplog.text
+
+
+def test_a_host_is_equal_to_itself_and_to_no_process_that_shares_nothing() -> None:
+    assert Host.here() == Host.here()
+    assert Host.nowhere().identity != Host.nowhere().identity
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 3), (4, 0)])
+def test_splitting_for_ranks_and_joining_are_inverse(dim: int, sizes: tuple[int, int]) -> None:
+    shape = [3, 5, 2]
+    shape[dim] = 4
+    whole = torch.randn(shape)
+    flat = split_for_ranks(whole, sizes, dim)
+    local = whole.narrow(dim, 0, sizes[0])
+    assert torch.equal(join_gathered(raw_bytes(flat.contiguous()), local, sizes, dim), whole)
