@@ -94,7 +94,14 @@ def output_specs(names: list[str], traced: Traced, values: list[Any], ranks: int
 
 
 def _shape(traced: Traced, fake: Tensor) -> tuple[int, ...]:
-    return tuple(size if isinstance(size, int) else FREE for size in fake.shape)
+    return tuple(_size(size) for size in fake.shape)
+
+
+def _size(size: Any) -> int:
+    """A size that tracing found to be one number stays a symbol on the input itself, with that number as its value."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr) if size.node.expr.is_number else FREE
 
 
 _PASSING = ("to", "_to_copy", "view", "reshape", "clone", "contiguous", "unsqueeze", "squeeze", "expand", "slice", "alias", "detach",
