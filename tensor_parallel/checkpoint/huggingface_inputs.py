@@ -54,7 +54,7 @@ def infer_constraints(model: Any, inputs: Mapping[str, Tensor]) -> Constraints:
     if "decoder_input_ids" in inputs:
         shapes["decoder_input_ids"] = ("batch" if shapes else "decoder batch", "decoder length")
     limit = _longest_text(model)
-    return Constraints(shapes, {symbol: (1, limit) for symbol in ("length", "decoder length")})
+    return Constraints(shapes, dict.fromkeys(("length", "decoder length"), (1, limit)))
 
 
 def _longest_text(model: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Hugging Face directories: every tensor, whole or sliced, is what ``from_pretrained`` loads; what is wrong is named."""
+"""Hugging Face directories: every tensor, whole or sliced, is what ``from_pretrained`` loads; faults are named."""
 
 from __future__ import annotations
 
