@@ -20,10 +20,6 @@ from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import coordinator_pb2_grpc
 from tests.service.daemons import DaemonProcess, Daemons, wait_for
 
-import os
-
-MODULE = os.environ.get("FAKE_MODULE", "shardd")
-ENV = {"PYTHONPATH": "/tmp/fake:/work/main"} if MODULE != "shardd" else None
 FACTORIES = ("mlp", "moody")
 CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
@@ -105,8 +101,8 @@ class Cluster(Caller):
         model_root: Path | None = None,
         arguments: Sequence[str] = (),
         daemon_arguments: Sequence[str] = (),
-        module: str = MODULE,
-        env: Mapping[str, str] | None = ENV,
+        module: str = "shardd",
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory
         self.arguments = list(arguments)
