@@ -19,14 +19,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextlib.contextmanager
 def up(
-    ranks: int, *, extra: Sequence[str] = (), threads: int = 1, model_root: str | None = None, deadline: float = 90.0
+    ranks: int,
+    *,
+    extra: Sequence[str] = (),
+    threads: int = 1,
+    model_root: str | None = None,
+    deadline: float = 90.0,
+    log: Path | None = None,
 ) -> Iterator[str]:
-    """Yields ``host:port`` of a coordinator over ``ranks`` CPU daemons of ``threads`` threads each.
+    """Yields ``host:port`` of a coordinator over ``ranks`` CPU daemons of ``threads`` threads each; their logs go to ``log``.
 
     Raises RuntimeError with the end of the log when the cluster does not come up in ``deadline`` seconds.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        log = Path(scratch, "log")
+        log = log or Path(scratch, "log")
         command = [
             sys.executable,
             "-m",

@@ -19,7 +19,7 @@ LIMITS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_lengt
 def in_process(width: int, hidden: int, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     """The unsharded model in this process on ``threads`` threads."""
     torch.set_num_threads(threads)
-    model = mlp(width, hidden)
+    model, _ = mlp(width, hidden)
 
     def call(x: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

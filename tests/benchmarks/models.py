@@ -6,11 +6,23 @@ import torch
 from torch import Tensor, nn
 
 
-def mlp(width: int = 1024, hidden: int = 4096, layers: int = 1, seed: int = 0) -> nn.Module:
-    """``layers`` blocks of Linear(width, hidden) - ReLU - Linear(hidden, width)."""
-    torch.manual_seed(seed)
-    blocks = [m for _ in range(layers) for m in (nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))]
-    return nn.Sequential(*blocks).eval()
+class Mlp(nn.Module):
+    """Blocks of Linear - ReLU - Linear, one after the other."""
+
+    def __init__(self, width: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *[m for _ in range(layers) for m in (nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def mlp(width: int = 1024, hidden: int = 4096, layers: int = 1) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model, and an example of what it takes."""
+    torch.manual_seed(0)
+    return Mlp(width, hidden, layers).eval(), {"x": torch.zeros(2, width)}
 
 
 class Identity(nn.Module):
@@ -20,5 +32,5 @@ class Identity(nn.Module):
         return x + 0
 
 
-def identity() -> nn.Module:
-    return Identity().eval()
+def identity(width: int = 1024) -> tuple[nn.Module, dict[str, Tensor]]:
+    return Identity().eval(), {"x": torch.zeros(2, width)}

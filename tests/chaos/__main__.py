@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from tests.benchmarks.report import Report
 from tests.chaos.driver import run
@@ -16,12 +17,13 @@ def main() -> int:
     parser.add_argument("--ranks", default="2,4", help="cluster sizes, by comma")
     parser.add_argument("--faults", type=int, default=200, help="faults in total")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log", type=Path, help="keep the processes' logs in this file")
     args = parser.parse_args()
     sizes = [int(size) for size in args.ranks.split(",")]
     report = Report("chaos", f"python -m tests.chaos --ranks {args.ranks} --faults {args.faults} --seed {args.seed}")
     broken = []
     for size in sizes:
-        outcome = run(size, -(-args.faults // len(sizes)), seed=args.seed + size)
+        outcome = run(size, -(-args.faults // len(sizes)), seed=args.seed + size, log=args.log)
         figures = outcome.figures()
         report.add(**figures)
         broken += [f"{size} ranks: {key} = {figures[key]}" for key, bound in BOUNDS.items() if figures[key] > bound]

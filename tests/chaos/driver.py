@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from coordinator.client import Client
@@ -61,11 +62,11 @@ class Outcome:
         }
 
 
-def run(ranks: int, faults: int, *, seed: int = 0, kinds: Sequence[str] = KINDS) -> Outcome:
+def run(ranks: int, faults: int, *, seed: int = 0, kinds: Sequence[str] = KINDS, log: Path | None = None) -> Outcome:
     """Runs ``faults`` random faults against a fresh cluster of ``ranks`` CPU ranks. Raises NeverRecovered."""
     chance, timeline, reference, touched = random.Random(seed), Timeline(), Reference(), []
     extra = ["--allow-factory", "tests.chaos.models:deep_mlp", "--load", "chaos=tests.chaos.models:deep_mlp"]
-    with up(ranks, extra=extra) as target, Client(target) as observer, Load(target, reference, timeline):
+    with up(ranks, extra=extra, log=log) as target, Client(target) as observer, Load(target, reference, timeline):
         _wait_serving(observer, ranks)
         for _ in range(faults):
             time.sleep(chance.uniform(0.2, 0.8))

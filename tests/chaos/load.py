@@ -24,7 +24,7 @@ class Reference:
     """The unsharded model's answers, computed once for a fixed set of requests."""
 
     def __init__(self, count: int = 32) -> None:
-        model = deep_mlp()
+        model, _ = deep_mlp()
         generator = np.random.default_rng(0)
         self.requests = [generator.standard_normal((1 + i % 4, WIDTH), dtype=np.float32) for i in range(count)]
         with torch.inference_mode():
