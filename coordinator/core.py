@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import ParamSpec, TypeVar
 
 import grpc
 
 from coordinator.catalog import Catalog, ModelVersion
 from coordinator.config import Config
 from coordinator.desired import DesiredState
-from coordinator.errors import NotFound, from_rpc
+from coordinator.errors import from_rpc
 from coordinator.fleet import Fleet
 from coordinator.forwarding import Forwarder
 from coordinator.generation import Ending, Generation
@@ -18,11 +19,15 @@ from coordinator.health import HealthView
 from coordinator.loading import Loader
 from coordinator.logging import get_logger
 from coordinator.metrics import Metrics
+from coordinator.regions import Regions, put
 from coordinator.types import InferRequest, InferResult, ModelStatistics, RegionRef
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import shard_pb2
 
 PLAN_TIMEOUT = 600.0
+OFF_LOOP = 256 << 10  # bytes; to and from clients' shared memory, copied on another thread from here on
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class Core:
@@ -49,6 +54,7 @@ class Core:
         self._forwarder = Forwarder(config, self._catalog, self._fleet, metrics)
         self._loader = Loader(config, self._catalog, self._fleet, desired, metrics)
         self._health = HealthView(config, self._catalog, self._fleet, self._forwarder)
+        self._regions = Regions(config.shared_memory_prefix)
         self._reporter: asyncio.Task[None] | None = None
         metrics.watch(
             lambda: self._forwarder.queue.depth, lambda: self._forwarder.requests - self._forwarder.queue.depth
@@ -119,7 +125,15 @@ class Core:
 
     async def forward(self, request: InferRequest) -> InferResult:
         """Raises ServiceError. Cancelling the caller drops the request unless it has been dispatched."""
-        return await self._forwarder.run(request)
+        shared = [value.region for value in request.inputs if value.region is not None]
+        if not shared and not request.output_regions:
+            return await self._forwarder.run(request)
+        inward = sum(region.byte_size for region in shared)
+        targets = await _copying(inward, self._regions.take, request)
+        result = await self._forwarder.run(request)
+        outward = sum(value.byte_size for value in result.outputs if value.name in targets)
+        await _copying(outward, put, result, request, targets)
+        return result
 
     def load(self, request: pb.LoadRequest, request_id: str = "") -> AsyncGenerator[pb.LoadProgress, None]:
         """Loads beside what serves, then flips; the last message has stage SERVING. Raises ServiceError."""
@@ -191,11 +205,20 @@ class Core:
     # ---- clients' shared memory
 
     async def register_region(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        raise NotFound("shared memory is not enabled here")
+        """``key`` names a POSIX shared memory object. Raises ServiceError."""
+        self._regions.register(name, key, offset, byte_size)
 
     async def unregister_region(self, name: str) -> None:
-        """All of them when ``name`` is empty."""
+        """All of them when ``name`` is empty. Raises NotFound."""
+        self._regions.unregister(name)
 
     def regions(self) -> dict[str, tuple[str, RegionRef]]:
         """By name: the POSIX key, and offset and size within it."""
-        return {}
+        return self._regions.listed()
+
+
+async def _copying(size: int, copy: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Large copies leave the event loop free."""
+    if size < OFF_LOOP:
+        return copy(*args, **kwargs)
+    return await asyncio.to_thread(copy, *args, **kwargs)
