@@ -95,8 +95,8 @@ def test_a_replica_group_is_complete_in_its_pod() -> None:
 POD_VALUES = {"POD_IP": "10.0.0.1", "NODE_INDEX": "0", "LWS_GROUP_SIZE": "2"}
 
 
-def arguments(container: Object) -> list[str]:
-    return [re.sub(r"\$\((\w+)\)", lambda name: POD_VALUES[name[1]], argument) for argument in container["args"]]
+def arguments(container: Object, given: dict[str, str] = POD_VALUES) -> list[str]:
+    return [re.sub(r"\$\((\w+)\)", lambda name: given[name[1]], argument) for argument in container["args"]]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -134,6 +134,24 @@ def _accepts_node(container: Object, variables: dict[str, str]) -> None:
     _place(node.make_context("node", arguments(container)).params)
     # Its daemons inherit the variables.
     shardd_config.read_config(["--rank=0", "--world-size=1"], variables)
+
+
+@pytest.mark.parametrize("overlay", ["base", "overlays/multinode"])
+def test_ranks_follow_from_a_pods_place(overlay: str) -> None:
+    """Each pod's supervisor, told its index and the size of its set as its controller would, starts its own ranks."""
+    from coordinator.cli.node import _place, node
+
+    objects = render(overlay)
+    (pod,) = [pod for pod in pods(objects) if pod.names]
+    (container,) = pod.containers
+    starts = []
+    for index in range(len(pod.names)):
+        given = POD_VALUES | {"NODE_INDEX": str(index), "LWS_GROUP_SIZE": str(len(pod.names))}
+        placed = node.make_context("node", arguments(container, given)).params
+        _place(placed)
+        assert placed["world_size"] == len(shard_addresses(objects))
+        starts += range(placed["rank_offset"], placed["rank_offset"] + placed["ranks"])
+    assert starts == list(range(len(shard_addresses(objects))))
 
 
 # ---- copies
