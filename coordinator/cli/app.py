@@ -45,8 +45,12 @@ class _Verbs(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
+        except click.ClickException as error:
+            if not settings_of(context).json:
+                raise
+            leave(Failure(error.format_message(), error.exit_code), as_json=True)
         except Exception as error:
             settings = settings_of(context)
             leave(_failure(error, settings.address), as_json=bool(settings.json))

@@ -63,12 +63,12 @@ def daemons(node: Node, directory: Path) -> list[ChildSpec]:
     if node.rank_offset + node.ranks > world:
         raise ClusterError(f"--rank-offset: ranks up to {node.rank_offset + node.ranks - 1} do not fit in {world}")
     pins = _pins(node)
-    threads = node.threads or max(1, cores() // node.ranks)
+    threads = _threads(node)
     specs = []
     for local in range(node.ranks):
         rank = node.rank_offset + local
         health = f"unix:{directory}/rank{rank}.health"
-        argv = [*_program("shardd"), "--rank", str(rank), "--world-size", str(world), "--threads", str(threads)]
+        argv = [*_program("shardd"), "--rank", str(rank), "--world-size", str(world), *threads]
         argv += ["--listen", daemon_address(node, directory, local), "--health-listen", health]
         argv += ["--device", "cuda" if pins else "cpu", "--drain-seconds", f"{node.drain_seconds:g}"]
         argv += ["--metrics-listen", _port_after(node.metrics_listen, local)] if node.metrics_listen else []
@@ -162,6 +162,13 @@ def _pins(node: Node) -> list[str]:
             f"use --ranks {len(found)}, --device cpu, or --allow-shared-gpu"
         )
     return [found[local % len(found)] for local in range(node.ranks)]
+
+
+def _threads(node: Node) -> list[str]:
+    """A fair share of the cores, unless it was said otherwise."""
+    if not node.threads and os.environ.get("SHARDD_THREADS"):
+        return []
+    return ["--threads", str(node.threads or max(1, cores() // node.ranks))]
 
 
 def _flags(node: Node) -> list[str]:

@@ -100,6 +100,12 @@ def test_wrong_usage_is_exit_code_2(run, arguments):
     assert failed.err
 
 
+def test_wrong_usage_is_json_for_programs(run):
+    found = run("load", "--json", "x", code=2).json()
+    assert "PATH" in found["error"]
+    assert found["exit_code"] == 2
+
+
 def test_load_prints_what_serves_and_sends_the_options(run, server):
     shown = run("load", "m", "models/m", "--dtype", "bfloat16", "--no-verify", "--model-input", "x:float32[-1,8]")
     assert "serving m version 1: the ranks hold 60 B, 40 B" in shown.out
