@@ -47,6 +47,9 @@ class ModelVersion:
     """Requests waiting or dispatched."""
     served: bool = False
     """It has served before: while it is not live it is coming back, and a retry helps."""
+    joinable: bool = False
+    """It has been shown that its rows do not depend on each other: requests may share a forward."""
+    join_tried: bool = False
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
     @property

@@ -17,7 +17,7 @@ from coordinator.fleet import Fleet
 from coordinator.generation import Ending
 from coordinator.metrics import Metrics
 from coordinator.types import InferRequest, InferResult, TensorValue
-from coordinator.validation import can_join, check
+from coordinator.validation import check
 from coordinator.wire import flat
 
 Answers = list[Executed | None]
@@ -46,7 +46,7 @@ class Forwarder:
         entry = self._catalog.ready(request.model, request.version, number)
         rows = check(request, entry)
         started = self._loop.time()
-        key = join_key(request, entry) if rows and can_join(entry) else None
+        key = join_key(request, entry) if rows and entry.joinable else None
         ticket = Ticket(request, entry, rows, key, self._loop.create_future(), started)
         self._enter(entry)
         ticket.future.add_done_callback(lambda _: self._exit(entry))

@@ -18,6 +18,7 @@ from coordinator.errors import FailedPrecondition, InvalidArgument, NotFound, Se
 from coordinator.fleet import Fleet
 from coordinator.formation import gather
 from coordinator.generation import Generation
+from coordinator.joining import prove
 from coordinator.logging import bound, get_logger
 from coordinator.metrics import Metrics
 from coordinator.rank_loads import RankLoads, forget
@@ -120,6 +121,7 @@ class Loader:
             if loads.warnings and entry.info is not None:
                 entry.info.warnings.extend(w for w in loads.warnings if w not in entry.info.warnings)
             generation = await self._activate(entry, report)
+            await prove(entry, generation)
             await self._flip(entry, generation)
             report.stage(pb.LoadProgress.SERVING, loads)
         except BaseException as error:
@@ -238,6 +240,7 @@ class Loader:
         for entry in self._catalog.current.values():
             if entry.live_in == generation.number:
                 entry.served = True
+                self._spawn(prove(entry, generation))
             elif entry.name not in self._restoring:
                 self._start_restoring(entry)
 
@@ -298,6 +301,7 @@ class Loader:
             if entry.info is not None:
                 entry.info.warnings.append(warning)
         generation = await self._activate(entry)
+        await prove(entry, generation)
         entry.failure, entry.live_in, entry.served = "", generation.number, True
 
     # ---- small things

@@ -20,7 +20,7 @@ from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import coordinator_pb2_grpc
 from tests.service.daemons import DaemonProcess, Daemons, wait_for
 
-FACTORIES = ("mlp", "moody")
+FACTORIES = ("shard_models:mlp", "shard_models:moody", "coordinator_models:time_first", "coordinator_models:head")
 CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
 
@@ -106,7 +106,7 @@ class Cluster(Caller):
     ) -> None:
         self.directory = directory
         self.arguments = list(arguments)
-        factories = [f"--allow-factory=tests.service.shard_models:{name}" for name in FACTORIES]
+        factories = [f"--allow-factory=tests.service.{name}" for name in FACTORIES]
         self.daemons = Daemons(
             ranks, directory, model_root=model_root, arguments=[*factories, *daemon_arguments], module=module, env=env
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
-from tests.service import shard_models
+from tests.service import coordinator_models, shard_models
 from tests.service.clusters import Cluster, arrays, failure, forward_request
 from tests.service.daemons import wait_for
 
@@ -112,6 +112,30 @@ def test_concurrent_requests_are_joined_and_each_gets_its_own_rows(cluster):
     executed = cluster.daemons[0].events("forward")[before:]
     assert sum(len(event["request_id"].split(",")) for event in executed) == 80
     assert len(executed) < 80
+
+
+def test_a_model_whose_rows_depend_on_each_other_is_never_joined(cluster):
+    final = cluster.load("time", "tests.service.coordinator_models:time_first", kind="factory")[-1]
+    assert any("rows of one batch depend on each other" in warning for warning in final.model.warnings)
+    model = coordinator_models.TimeFirst()
+    inputs = [rows(2 + n % 3, seed=n) for n in range(6)]
+    with ThreadPoolExecutor(6) as pool, torch.no_grad():
+        for x, y in zip(inputs, pool.map(lambda x: cluster.forward("time", {"x": x})["output"], inputs), strict=True):
+            np.testing.assert_allclose(y, model(torch.from_numpy(x)).numpy(), rtol=1e-4, atol=1e-5)
+    cluster.stub.Unload(pb.UnloadRequest(name="time"), timeout=20)
+
+
+def test_outputs_that_stay_sharded_are_put_together(cluster):
+    final = cluster.load("head", "tests.service.coordinator_models:head", kind="factory")[-1]
+    assert not final.model.warnings
+    ids = np.random.default_rng(0).integers(0, 101, (3, 7))
+    with torch.no_grad():
+        wanted = coordinator_models.Head()(torch.from_numpy(ids)).numpy()
+    np.testing.assert_allclose(cluster.forward("head", {"ids": ids})["output"], wanted, rtol=1e-5, atol=1e-6)
+    error = failure(lambda: cluster.forward("head", {"ids": ids + 50}))
+    assert error.code() is Code.INVALID_ARGUMENT
+    assert "the model takes 0 to 100" in error.details()
+    cluster.stub.Unload(pb.UnloadRequest(name="head"), timeout=20)
 
 
 class Hold:
