@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ class Built:
     loader: Loader
     membership: Membership
     store: object
+    warm: Callable[[], None]
 
 
 def build(config: Config, board: Board, rendezvous: Rendezvous, metrics: Metrics, log: Logger) -> Built:
@@ -73,4 +75,12 @@ def build(config: Config, board: Board, rendezvous: Rendezvous, metrics: Metrics
     loader = Loader(board.models, metrics, reader.read, log, board.generations.note)
     board.device, board.progress = device, progress
     engine.start()
-    return Built(Core(membership, loader, reader.plan), engine, progress, loader, membership, store)
+    return Built(
+        Core(membership, loader, reader.plan),
+        engine,
+        progress,
+        loader,
+        membership,
+        store,
+        lambda: loader.prepare(reader.warm),
+    )

@@ -110,6 +110,7 @@ class Daemon:
         gc.freeze()
         gc.enable()
         self._core.set_result(self._built.core)
+        self._built.warm()
         systemd.notify("READY=1", f"STATUS=rank {config.rank} of {config.world_size}")
         assert self._board.device is not None
         self._log.info("ready", device=self._board.device.name, seconds=round(time.monotonic() - self._started, 3))

@@ -76,23 +76,33 @@ class Loader:
         if not request.name or not request.version or not request.path:
             raise InvalidRequest("a load needs a name, a version and a path")
         job = _Job(request)
-        if not gone(job.cancel):
-            return
         key = (request.name, request.version)
         with self._lock:
             self._jobs.setdefault(key, []).append(job)
         self._models.begin_load(*key)
+        if not gone(lambda: self._abandon(job)):
+            self._abandon(job)
         threading.Thread(target=self._run, args=(job,), name="load", daemon=True).start()
         yield from job.updates()
+
+    def prepare(self, warm: Callable[[], None]) -> None:
+        """Run ``warm`` in the background as if it were a load: the first real one waits for it."""
+
+        def run() -> None:
+            with self._turn:
+                try:
+                    warm()
+                except Exception:
+                    self._log.warning("warm_up_failed", exc_info=True)
+
+        threading.Thread(target=run, name="warm-up", daemon=True).start()
 
     def cancel(self, name: str, version: str) -> None:
         """Stop a running load of this version, or forget the version if it was loaded and never active."""
         with self._lock:
             jobs = list(self._jobs.get((name, version), ()))
         for job in jobs:
-            job.cancel()
-        for job in jobs:
-            job.finished.wait(UPDATE_SECONDS)
+            self._abandon(job)
         if self._models.discard(name, version):
             gc.collect()
             self._log.info("load_discarded", model=name, version=version)
@@ -102,7 +112,12 @@ class Loader:
         with self._lock:
             jobs = [job for several in self._jobs.values() for job in several]
         for job in jobs:
-            job.cancel()
+            self._abandon(job)
+
+    def _abandon(self, job: _Job) -> None:
+        """Tell the caller that its load is over. The load itself ends when it next looks; what it read is freed."""
+        if self._finish(job, None):
+            job.fail(LoadFailed(judge(LoadCancelled("the load was cancelled"))))
 
     def _run(self, job: _Job) -> None:
         request = job.request
@@ -115,8 +130,6 @@ class Loader:
                 if model is None:
                     model = self._load(job)
                     fresh = True
-                if job.cancelled():
-                    raise LoadCancelled("the load was cancelled")
                 check_digests(
                     model.description,
                     request.expected_source_digest,
@@ -126,23 +139,28 @@ class Loader:
                 )
         except Exception as error:
             failure = self._judge(request, error)
-        self._finish(job, model if fresh and failure is None else None)
+        kept = self._finish(job, model if fresh and failure is None else None)
         if failure is not None:
+            job.fail(LoadFailed(failure))
+        elif kept and model is not None:
+            job.succeed(model.describe())
+        if failure is not None or not kept:
             model = None
             gc.collect()  # tracebacks and half-read weights
-            job.fail(LoadFailed(failure))
-        elif model is not None:
-            job.succeed(model.describe())
 
-    def _finish(self, job: _Job, model: Model | None) -> None:
+    def _finish(self, job: _Job, model: Model | None) -> bool:
+        """The job is over, with ``model`` or without; whether it was not over before."""
         key = (job.request.name, job.request.version)
         with self._lock:
-            jobs = self._jobs[key]
+            jobs = self._jobs.get(key, [])
+            if job not in jobs:
+                return False
             jobs.remove(job)
             last = not jobs
             if last:
                 del self._jobs[key]
-        self._models.end_load(*key, model, loading=not last)
+            self._models.end_load(*key, model, loading=not last)
+        return True
 
     def _existing(self, request: shard_pb2.ShardLoadRequest) -> Model | None:
         """The version, if it is here already. Raises :class:`WrongState` if it was loaded from something else."""
@@ -210,13 +228,10 @@ class _Job:
         self._progress = shard_pb2.ShardLoadProgress(stage="planning")
         self._told: shard_pb2.ShardLoadProgress | None = None
         self._error: LoadFailed | None = None
-        self._cancel = threading.Event()
-
-    def cancel(self) -> None:
-        self._cancel.set()
 
     def cancelled(self) -> bool:
-        return self._cancel.is_set()
+        """Whether nobody waits for this load any more."""
+        return self._error is not None
 
     def report(self, stage: str, done: int, total: int) -> None:
         with self._changed:

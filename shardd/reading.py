@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,16 +15,21 @@ from shardd.errors import InvalidRequest
 from shardd.loading import LoadedWeights, Report
 from shardd.models import check_digests
 from shardd.tensors import TORCH_DTYPES
-from tensor_parallel.checkpoint import Source, open_source
 from tensor_parallel.group import Group
-from tensor_parallel.planner import make_plan
-from tensor_parallel.serving import ServedModel, load_model
+
+if TYPE_CHECKING:
+    from tensor_parallel.checkpoint import Source
+    from tensor_parallel.serving import ServedModel
 
 MAX_RANKS = 1024
 
 
 class Reader:
-    """Opens, plans and reads models for one rank."""
+    """Opens, plans and reads models for one rank.
+
+    Planning brings ``torch.export`` and half of torch with it, so that is imported where it is used: a daemon joins its
+    group before it has loaded anything.
+    """
 
     def __init__(
         self,
@@ -43,6 +48,8 @@ class Reader:
 
     def read(self, request: shard_pb2.ShardLoadRequest, report: Report, cancelled: Callable[[], bool]) -> LoadedWeights:
         """Plan the model and read this rank's part. Raises what the library raises, and ``InvalidRequest``."""
+        from tensor_parallel.serving import load_model
+
         report("planning", 0, 0)
         source = self._open(request.path, request.options)
         found = shard_pb2.LoadedModel(source_digest=source.digest())
@@ -65,6 +72,8 @@ class Reader:
 
     def plan(self, request: coordinator_pb2.PlanRequest) -> coordinator_pb2.PlanResponse:
         """What sharding the model would cost, from its description alone."""
+        from tensor_parallel.planner import make_plan
+
         ranks = request.ranks or self._group.world_size
         if ranks > MAX_RANKS:
             raise InvalidRequest(f"a plan is for at most {MAX_RANKS} ranks")
@@ -72,7 +81,16 @@ class Reader:
         plan = make_plan(source.build_meta(), source.example_inputs(), ranks, gather_outputs=False, verify=False)
         return plan_report(plan, request.path, request.device_memory or self._device_memory)
 
+    def warm(self) -> None:
+        """Import what the first load needs and trace something tiny, so that the first load need not wait for that."""
+        from tensor_parallel import serving  # noqa: F401
+        from tensor_parallel.planner import make_plan
+
+        make_plan(torch.nn.Linear(4, 4), (torch.zeros(2, 4),), 2, verify=False)
+
     def _open(self, path: str, options: coordinator_pb2.LoadOptions) -> Source:
+        from tensor_parallel.checkpoint import open_source
+
         if options.kind != "factory" and self._model_root is None and not _is_allowed(path, self._factories):
             raise InvalidRequest("this daemon has no model root: it loads the factories it was told of, and no files")
         return open_source(

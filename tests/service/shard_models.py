@@ -60,7 +60,10 @@ def moody() -> Made:
 
 
 def slow() -> Made:
-    """Takes for ever to build, in small steps."""
-    for _ in range(600):
-        time.sleep(0.1)
+    """Takes a while to build."""
+    time.sleep(2.0)
     return mlp()
+
+
+def broken() -> Made:
+    raise RuntimeError("this factory is broken")
