@@ -11,11 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from tensor_parallel.planner.prover import Communication
+from tensor_parallel.planner.prover import OUTPUT, Communication
 from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.tensors import Tensors
 
 _PRICE = 0.16  # share of all bytes that avoiding every unavoidable-sized collective would be worth
+_GATHER = 1.5  # an activation made whole is also copied, and computed on whole by every rank
+_OUTPUT = 0.3  # a divided output is gathered once, by whoever wants it whole; a server need not do it at all
 _SLACK = 0.04  # share above an even split up to which a byte costs its share, and beyond which four times that
 
 
@@ -63,5 +65,11 @@ def score(
     unit = _PRICE / (1 + weights / 3)
     sizes = [c.nbytes for c in communications if c.kind == "all_reduce"] or [c.nbytes for c in communications] or [1]
     reference = network.seconds("all_reduce", int(median(sizes)), ranks) or 1.0
-    total = sum(network.seconds(c.kind, c.nbytes, ranks) / reference for c in communications)
+    total, outputs = 0.0, 0
+    for c in communications:
+        weight = _GATHER if c.kind == "all_gather" else 1.0
+        if c.where == OUTPUT:
+            outputs += 1
+            weight = _OUTPUT if outputs == 1 else 1.0
+        total += weight * network.seconds(c.kind, c.nbytes, ranks) / reference
     return share + 3 * excess + unit * total

@@ -369,6 +369,8 @@ class Engine:
             return self.scalar(node, args, kwargs)
         shapes, dtypes = self._describe(fake)
         call = Call(node, args, kwargs, shapes, dtypes)
+        if call.name in _DROPOUT and call["train"] is False:
+            return args[0]
         values = call.values()
         if any(v.stored for v in values):
             self._replace(call, lambda v: self.full(v, "") if v.stored else v)
@@ -463,6 +465,7 @@ def _getitems() -> tuple[Any, ...]:
     return (operator.getitem,)
 
 
+_DROPOUT = ("dropout", "feature_dropout", "alpha_dropout")
 _GETITEM = _getitems()
 _CONSTRAINTS = tuple(
     getattr(aten, name).default

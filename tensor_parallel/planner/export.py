@@ -125,10 +125,30 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
         # Under no_grad the trace has no nested regions for no_grad blocks; gradients never depend on it.
         with torch.no_grad(), tracing_settings():
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-            return exported.run_decompositions({})
+            return exported if _is_functional(exported, model.training) else exported.run_decompositions({})
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _is_functional(exported: torch.export.ExportedProgram, training: bool) -> bool:
+    """Whether the trace mutates nothing already: then functionalising, which costs more than tracing, would change nothing.
+
+    Training is always functionalised: ``batch_norm`` updates its statistics without saying so in its schema.
+    """
+    if training:
+        return False
+    for node in exported.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is torch.ops.aten.detach_.default:  # of a constant just made
+            node.target = torch.ops.aten.detach.default
+        schema = getattr(node.target, "_schema", None)
+        if isinstance(node.target, torch._ops.HigherOrderOperator) or (schema is not None and schema.is_mutable):
+            return False
+        if schema is None and getattr(node.target, "__module__", "") in ("torch._C", "torch.amp.autocast_mode"):
+            return False
+    return True
 
 
 def _positional_names(model: nn.Module, count: int) -> list[str]:
@@ -153,18 +173,10 @@ def _collect(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
             constants[str(spec.target)] = (node, exported.constants[str(spec.target)])
         else:
             raise PlanError(f"the trace takes a {kind.lower().replace('_', ' ')}, which cannot be planned")
-    output_node = next(node for node in exported.graph.nodes if node.op == "output")
-    outputs: list[Any] = []
-    updates: dict[str, fx.Node] = {}
-    for value, spec in zip(output_node.args[0], signature.output_specs, strict=True):
-        kind = spec.kind.name
-        if kind == "USER_OUTPUT":
-            outputs.append(value)
-        elif kind == "BUFFER_MUTATION":
-            updates[str(spec.target)] = value
-        else:
-            raise PlanError(f"the model mutates {spec.target or 'an input'} ({kind.lower().replace('_', ' ')})")
     _refuse_mutation(exported.graph_module)
+    _merge_repeats(exported.graph_module.graph)
+    output_node = next(node for node in exported.graph.nodes if node.op == "output")
+    outputs, updates = _outputs(output_node, signature)
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
     assert in_spec is not None and out_spec is not None
     return Traced(
@@ -180,6 +192,48 @@ def _collect(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
         example=pytree.tree_leaves((args, kwargs)),
         assignments=_assignments(exported),
     )
+
+
+def _outputs(output_node: fx.Node, signature: torch.export.ExportGraphSignature) -> tuple[list[Any], dict[str, fx.Node]]:
+    """The user's outputs, and the new values of buffers the model updates."""
+    outputs: list[Any] = []
+    updates: dict[str, fx.Node] = {}
+    for value, spec in zip(output_node.args[0], signature.output_specs, strict=True):
+        kind = spec.kind.name
+        if kind == "USER_OUTPUT":
+            outputs.append(value)
+        elif kind == "BUFFER_MUTATION":
+            updates[str(spec.target)] = value
+        else:
+            raise PlanError(f"the model mutates {spec.target or 'an input'} ({kind.lower().replace('_', ' ')})")
+    return outputs, updates
+
+
+def _merge_repeats(graph: fx.Graph) -> None:
+    """One node for one computation: ``x - mean`` written twice would else be summed over ranks twice."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags or "dropout" in str(node.target) or not node.users:
+            continue
+        try:
+            key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+            first = seen.setdefault(key, node)
+        except TypeError:
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable copy that tells 1 from 1.0 and True."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    return type(value), value
 
 
 def _refuse_mutation(module: fx.GraphModule) -> None:

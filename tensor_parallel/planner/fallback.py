@@ -1,12 +1,13 @@
-"""Models that do not export (control flow that depends on values): layers are sharded one by one, each followed by a gather.
+"""Models that do not export (control flow that depends on values): their own code runs, on divided parameters.
 
-Correct for any model, since every layer's input and output are whole; reported as ``mode == "modules"``.
+A ``Linear`` computes its own output features, and a gather follows. Any other divided parameter is gathered when the model's code
+reads it, wherever that happens, and dropped when the forward ends. Inputs and outputs of every layer are whole on every rank, so
+this is right for any model; ``mode`` is ``"modules"``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,14 +16,12 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from tensor_parallel import collectives
-from tensor_parallel.errors import PlanError
 from tensor_parallel.group import Group
-from tensor_parallel.planner import runtime
-from tensor_parallel.planner.plan import Collective, InputSpec, OutputSpec, Plan
+from tensor_parallel.planner.plan import FREE, Collective, InputSpec, Plan
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.tensors import Tensors
 
-_SMALL = 0.002  # of all bytes: tensors below stay whole
+_SMALL = 0.002  # of all bytes: tensors below it stay whole
 
 
 def plan_modules(
@@ -35,26 +34,20 @@ def plan_modules(
     reason: str,
     fixed: Mapping[str, Shard] | None = None,
 ) -> Plan:
-    """Every large parameter divided along its longest dimension and gathered before the module that owns it runs."""
-    shards = dict(fixed) if fixed is not None else {name: _shard(tensors, name, world_size) for name in tensors.stored}
-    divided = [name for name, shard in shards.items() if shard.dim is not None]
-    held = [
-        sum(
-            stored.nbytes if shards[name].dim is None else stored.nbytes // stored.shape[shards[name].dim or 0] * shards[name].local_size(rank)
-            for name, stored in tensors.stored.items()
-        )
-        for rank in range(world_size)
-    ]
-    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    names = list(kwargs) if len(kwargs) == len(leaves) else [f"input_{i}" for i in range(len(leaves))]
+    """Every large parameter divided: a ``Linear``'s by output features, others along their longest dimension."""
+    shards = dict(fixed) if fixed is not None else _shards(twin, tensors, world_size)
+    linears = _linears(twin, tensors, shards)
+    biases = {tensors.canonical(f"{name}.bias") for name in linears}
+    gathers = [name for name, shard in shards.items() if shard.dim is not None and name not in biases]
+    held = [sum(_local_bytes(tensors, name, shards[name], rank) for name in tensors.stored) for rank in range(world_size)]
     return Plan(
         world_size=world_size,
         mode="modules",
         shards=shards,
         tied=dict(tensors.tied),
-        inputs=tuple(InputSpec(n, t.dtype, (-1,) * t.ndim) for n, t in zip(names, leaves, strict=False)),
+        inputs=_inputs(args, kwargs),
         outputs=(),
-        collectives=tuple(Collective("all_gather", tensors.nbytes(name), name) for name in divided),
+        collectives=tuple(Collective("all_gather", tensors.nbytes(name), name) for name in gathers),
         reasons=(),
         bytes_per_rank=tuple(held),
         total_bytes=tensors.total_bytes,
@@ -63,18 +56,143 @@ def plan_modules(
     )
 
 
-def _shard(tensors: Tensors, name: str, ranks: int) -> Shard:
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+    named = [(f"input_{i}", value) for i, value in enumerate(args)] + list(kwargs.items())
+    leaves = [(name, leaf) for name, value in named for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return tuple(InputSpec(name, leaf.dtype, (FREE,) * leaf.ndim) for name, leaf in leaves)
+
+
+def _local_bytes(tensors: Tensors, name: str, shard: Shard, rank: int) -> int:
     stored = tensors.stored[name]
-    if not stored.is_parameter or not stored.shape or tensors.nbytes(name) < _SMALL * tensors.total_bytes:
+    return stored.nbytes if shard.dim is None else stored.nbytes // stored.shape[shard.dim] * shard.local_size(rank)
+
+
+def _shards(twin: nn.Module, tensors: Tensors, ranks: int) -> dict[str, Shard]:
+    shards = {name: _longest(tensors, name, ranks) for name in tensors.stored}
+    for prefix, module in twin.named_modules():
+        if not _is_linear(module):
+            continue
+        weight = tensors.canonical(f"{prefix}.weight" if prefix else "weight")
+        bias = tensors.canonical(f"{prefix}.bias" if prefix else "bias")
+        if shards[weight].dim is None:
+            continue
+        rows = tensors.shape(weight)[0]
+        shards[weight] = Shard.even(0, rows, ranks) if rows >= ranks else Shard.replicated()
+        if bias in shards:
+            shards[bias] = shards[weight]
+    return shards
+
+
+def _longest(tensors: Tensors, name: str, ranks: int) -> Shard:
+    stored = tensors.stored[name]
+    if not stored.is_parameter or not stored.shape or stored.nbytes < _SMALL * tensors.total_bytes:
         return Shard.replicated()
     dim = max(range(len(stored.shape)), key=lambda d: (stored.shape[d], -d))
     return Shard.even(dim, stored.shape[dim], ranks) if stored.shape[dim] >= ranks else Shard.replicated()
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """A layer that computes what ``nn.Linear`` computes, by its code, not its name."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not module._forward_pre_hooks
+
+
+def _linears(twin: nn.Module, tensors: Tensors, shards: Mapping[str, Shard]) -> dict[str, nn.Module]:
+    """Linear layers divided by output features, weight and bias alike."""
+    found: dict[str, nn.Module] = {}
+    for prefix, module in twin.named_modules():
+        if _is_linear(module) and prefix:
+            shard = shards[tensors.canonical(f"{prefix}.weight")]
+            bias = f"{prefix}.bias" if module.bias is not None else None
+            if shard.dim == 0 and (bias is None or shards[tensors.canonical(bias)] == shard):
+                found[prefix] = module
+    return found
+
+
+class ModulesModel(nn.Module):
+    """The model's own code over this rank's tensors, which it holds under the model's own names."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        super().__init__()
+        self._twin = (twin,)
+        self._gathered: dict[tuple[int, str], Tensor] = {}
+        self._modules, self._parameters, self._buffers = twin._modules, twin._parameters, twin._buffers
+        self._non_persistent_buffers_set = twin._non_persistent_buffers_set
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        twin = self._twin[0]
+        twin.training = self.training
+        try:
+            return twin(*args, **kwargs)
+        finally:
+            self._gathered.clear()
+
+
 def build_modules(
-    plan: Plan, twin: nn.Module, *, rank: int, group: Group, read: Any, device: torch.device
-) -> nn.Module:
-    raise PlanError("; ".join(plan.notes))
+    plan: Plan, twin: nn.Module, *, rank: int, group: Group, read: Callable[[str, Shard], Tensor], device: torch.device
+) -> ModulesModel:
+    """Give the model's own modules this rank's tensors, and the ways to reach the whole ones."""
+    tensors = Tensors(twin)
+    linears = _linears(twin, tensors, plan.shards)
+    module = ModulesModel(twin)
+    _fill(twin, tensors, plan, read, device)
+    for prefix, child in twin.named_modules():
+        divided = {
+            leaf: plan.shards[tensors.canonical(f"{prefix}.{leaf}" if prefix else leaf)]
+            for leaf, parameter in child._parameters.items()
+            if parameter is not None
+        }
+        divided = {leaf: shard for leaf, shard in divided.items() if shard.dim is not None}
+        if divided:
+            _specialise(child, divided, group, module, prefix in linears)
+    return module
 
 
-__all__ = ["OutputSpec", "build_modules", "collectives", "functional", "math", "plan_modules", "runtime"]
+def _fill(twin: nn.Module, tensors: Tensors, plan: Plan, read: Callable[[str, Shard], Tensor], device: torch.device) -> None:
+    made: dict[str, Any] = {}
+    for prefix, child in twin.named_modules(remove_duplicate=False):
+        for table, is_parameter in ((child._parameters, True), (child._buffers, False)):
+            for leaf, tensor in table.items():
+                if tensor is None:
+                    continue
+                name = tensors.canonical(f"{prefix}.{leaf}" if prefix else leaf)
+                if name not in made:
+                    local = read(name, plan.shards[name]).to(device)
+                    made[name] = nn.Parameter(local, requires_grad=tensor.requires_grad) if is_parameter else local
+                table[leaf] = made[name]
+
+
+def _specialise(child: nn.Module, divided: Mapping[str, Shard], group: Group, owner: ModulesModel, linear: bool) -> None:
+    """Make ``child`` an instance of a subclass that finds whole parameters where its class finds its own."""
+    base = type(child)
+
+    def whole(self: nn.Module, name: str) -> Any:
+        shard = divided.get(name)
+        if shard is None:
+            return base.__getattr__(self, name)
+        key = (id(self), name)
+        if key not in owner._gathered:
+            owner._gathered[key] = gather(self._parameters[name], shard, group)  # type: ignore[arg-type]
+        return owner._gathered[key]
+
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        local = functional.linear(collectives.copy_to_ranks(input, group), weight, bias)  # type: ignore[arg-type]
+        sizes = [divided["weight"].local_size(r) for r in range(group.world_size)]
+        return collectives.all_gather_concat(local, local.ndim - 1, group, sizes)
+
+    methods: dict[str, Any] = {"__getattr__": whole, "__module__": base.__module__}
+    if linear:
+        methods["forward"] = forward
+    child.__class__ = type(base.__name__, (base,), methods)
+
+
+def gather(local: Tensor, shard: Shard, group: Group) -> Tensor:
+    """The whole of a divided tensor; differentiable."""
+    assert shard.dim is not None
+    ranks = range(group.world_size)
+    whole = collectives.all_gather_concat(local, shard.dim, group, [shard.local_size(r) for r in ranks])
+    index = torch.cat([shard.index(r) for r in ranks])
+    if bool((torch.diff(index) == 1).all()):
+        return whole
+    return whole.index_select(shard.dim, torch.argsort(index).to(whole.device))

@@ -31,6 +31,9 @@ from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.tensors import Tensors
 
 
+OUTPUT = "output"
+
+
 @dataclass(frozen=True)
 class Communication:
     """One collective of a program: its kind, payload at the example's sizes, and the operation that asked for it."""
@@ -92,6 +95,7 @@ class Prover(Engine):
         return value
 
     def finish(self) -> list[Any]:
+        self.node = None
         outputs: list[Any] = []
         for item in self.traced.outputs:
             value = self.env[item] if isinstance(item, torch.fx.Node) else item
@@ -165,7 +169,7 @@ class Prover(Engine):
         out = self.program.new_id()
         is_leaf = lambda x: isinstance(x, (Value, Sym, PerRank, Ref))  # noqa: E731
         args, kwargs = pytree.tree_map(_reference, (args, kwargs), is_leaf=is_leaf)
-        self.program.steps.append(Step(fn, args, kwargs, out, self.node.name if self.node is not None else "output"))
+        self.program.steps.append(Step(fn, args, kwargs, out, self.node.name if self.node is not None else OUTPUT))
         return Ref(out)
 
     def full(self, value: Value, why: str) -> Value:
@@ -202,14 +206,14 @@ class Prover(Engine):
         ref = self.emit(runtime.AllGather(place.dim, *_layout(described, self.ranks)), value)
         self._note("all_gather", ref, value, place.origin)
         if why:
-            name = self.node.name if self.node is not None else "output"
-            op = str(self.node.target) if self.node is not None else "output"
+            name = self.node.name if self.node is not None else OUTPUT
+            op = str(self.node.target) if self.node is not None else OUTPUT
             self.reasons.append(Gathered(name, op, why, place.origin, value.nbytes))
         return Value(ref, REPLICATED, value.shapes, value.dtype, value.grad)
 
     def _note(self, kind: str, ref: Ref | None, value: Value, origin: frozenset[str]) -> None:
         assert ref is not None
-        where = self.node.name if self.node is not None else "output"
+        where = self.node.name if self.node is not None else OUTPUT
         self.sizes[ref.id] = (kind, value.nbytes, where, origin)
 
     def enter(self, value: Value) -> Ref | None:

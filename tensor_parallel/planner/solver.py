@@ -243,7 +243,7 @@ def _groups_after(left: np.ndarray, right: np.ndarray) -> int:
     return scratch.groups(compact)
 
 
-_PERMUTING = ("transpose", "permute", "clone", "contiguous", "to", "_to_copy", "detach", "alias")
+_PERMUTING = ("transpose", "permute", "clone", "contiguous", "to", "_to_copy", "detach", "alias", "unsqueeze", "squeeze")
 _CUTTING = ("select", "unbind", "split", "chunk", "split_with_sizes", "slice")
 
 
@@ -271,6 +271,14 @@ def cut_dims(node: fx.Node) -> set[int]:
 
 
 def _permuted(name: str, user: fx.Node, order: list[int]) -> list[int]:
+    if name == "unsqueeze":
+        at = int(user.args[1]) % (len(order) + 1)  # type: ignore[arg-type]
+        return [*order[:at], -1, *order[at:]]
+    if name == "squeeze":
+        sizes = user.args[0].meta["val"].shape  # type: ignore[union-attr]
+        asked = user.args[1] if len(user.args) > 1 else list(range(len(order)))
+        gone = {int(d) % len(order) for d in (asked if isinstance(asked, (list, tuple)) else [asked])}  # type: ignore[arg-type]
+        return [source for d, source in enumerate(order) if d not in gone or sizes[d] != 1]
     if name == "transpose":
         a, b = (int(d) % len(order) for d in user.args[1:3])  # type: ignore[arg-type]
         order = list(order)

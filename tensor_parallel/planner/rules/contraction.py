@@ -37,6 +37,11 @@ def contract(
     replay: Callable[[], Any] | None = None,
 ) -> Any:
     """Divide one letter. ``product`` emits the operation on local operands, ``with_bias`` the same with a local bias."""
+    tables = [v for v, _ in operands if isinstance(place := e.place(v), Undecided) and place.looked_up]
+    if tables:
+        for value in tables:
+            e.commit(value)
+        return e.visit_again(call)
     _settle_weights(e, operands, out)
     letter, owners, origin = _choose(e, operands)
     if letter is None:

@@ -356,42 +356,39 @@ def reshape(e: Engine, call: Call) -> Any:
     dim, owners = reshape_owners(e, place, value.shapes, call.shapes)
     if e.solving:
         return e.result(call, None, Sharded(dim, owners, place.origin))
-    sizes = _sizes(call)
-    local = [counts(o, e.ranks) for o in owners]
-    if all(o is owners[0] or np.array_equal(o, owners[0]) for o in owners):
-        sizes[dim] = PerRank(local[0])
-    else:
-        _make_free(sizes, dim, call)
-    result = e.result(call, e.emit(aten.reshape.default, value, sizes), Sharded(dim, owners, place.origin))
+    result = e.result(call, _emit_reshape(e, call, value, dim, owners), Sharded(dim, owners, place.origin))
     result.weight = value.weight
     return result
 
 
-def _sizes(call: Call) -> list[Any]:
-    """The result's sizes as the call gives them, or constants; None where only the call's own arithmetic knows."""
-    for name in ("size", "shape"):
-        if any(a.name == name for a in call.arguments):
-            return list(call[name])
-    fixed: list[Any] = [sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*call.shapes, strict=True)]
-    free = [d for d, size in enumerate(fixed) if size is None]
-    if len(free) > 1:
-        return _free_sizes(call, fixed)
-    return [-1 if size is None else size for size in fixed]
+def _emit_reshape(e: Engine, call: Call, value: Value, dim: int, owners: Owners) -> Any:
+    """The local reshape: the divided dimension's size is this rank's, or inferred where it scales with a free one."""
+    if call.name == "flatten":
+        return e.replay(call)
+    start, name = 0, "shape" if any(a.name == "shape" for a in call.arguments) else "size"
+    if call.name == "unflatten":
+        start, name = call.dim("dim", value.ndim), "sizes"
+    sizes = list(call[name])
+    at = dim - start
+    if 0 <= at < len(sizes):
+        if all(o is owners[0] or np.array_equal(o, owners[0]) for o in owners):
+            sizes[at] = PerRank(counts(owners[0], e.ranks))
+        else:
+            _make_free(sizes, at, start, call)
+    if call.name == "unflatten":
+        return e.replay(call, sizes=sizes)
+    return e.emit(aten.reshape.default, value, sizes)
 
 
-def _free_sizes(call: Call, fixed: list[Any]) -> list[Any]:
-    raise Unproven("several free sizes that the call does not spell out")
-
-
-def _make_free(sizes: list[Any], dim: int, call: Call) -> None:
+def _make_free(sizes: list[Any], at: int, start: int, call: Call) -> None:
     """Let the divided dimension be inferred: it scales with a free size."""
     for d, size in enumerate(sizes):
-        if d != dim and isinstance(size, int) and size == -1:
-            known = {shape[d] for shape in call.shapes}
+        if d != at and isinstance(size, int) and size == -1:
+            known = {shape[d + start] for shape in call.shapes}
             if len(known) != 1:
                 raise Unproven("two sizes to infer")
             sizes[d] = known.pop()
-    sizes[dim] = -1
+    sizes[at] = -1
 
 
 __all__ = ["along", "positions", "remap"]

@@ -38,7 +38,9 @@ def elementwise(e: Engine, call: Call) -> Any:
         if place.looked_up and call.name not in _LINEAR_UNARY:
             e.commit(single)
             return e.visit_again(call)
-        return e.result(call, None, place)
+        result = e.result(call, None, place)
+        result.weight = single.weight
+        return result
     lead, owners = _lead(e, values)
     if lead is None:
         return _undecided_only(e, call, values)
