@@ -6,7 +6,7 @@
  * buffers: to announce an exchange is also to say that the one before has been read, hence a rank may write into its buffer for
  * exchange e once every rank has announced e - 1.
  *
- * Waiting spins briefly, then sleeps on a futex: no core is burnt when there are more ranks than cores. A sleeper looks up every
+ * Waiting spins briefly, giving way to others now and then, and then sleeps on a futex. A sleeper looks up every
  * few milliseconds for an abort, for a peer that died (its lifeline, a pipe whose only write end the peer held, hangs up) and
  * for the deadline. Every sum is formed in rank order, so that it is bitwise the same on every rank; 16-bit floats are summed
  * in single precision and rounded once.
@@ -33,6 +33,7 @@
 #define MAX_RANKS 128
 #define REASON 512
 #define NAP_NS 2000000L
+#define SPINS_PER_YIELD 128
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
 #define VECTORISED __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
@@ -162,6 +163,7 @@ static int wait_for(struct region *g, int rank, uint32_t step, int only) {
     for (int i = 0; i < g->spins; i++) {
         if (reached(step_of(g, rank), step)) return OK;
         relax();
+        if (i % SPINS_PER_YIELD == SPINS_PER_YIELD - 1) sched_yield(); /* the peer may be waiting for this very core */
     }
     return reached(step_of(g, rank), step) ? OK : sleep_until(g, rank, step, only);
 }

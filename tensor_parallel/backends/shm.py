@@ -32,7 +32,7 @@ from tensor_parallel.errors import (
 SLOT_BYTES = 1 << 20
 ONCE_BELOW = 64 << 10
 """All-reduces below this many bytes take one step instead of two."""
-_SPINS_ALONE, _SPINS_CROWDED = 4000, 100
+_SPINS_ALONE, _SPINS_CROWDED = 4000, 256
 _ABORTED, _TIMED_OUT, _PEER_LOST, _MISMATCH = 1, 2, 3, 4
 
 
