@@ -1,8 +1,9 @@
 """W3C trace context from clients to ranks, and OpenTelemetry spans where they are wanted.
 
 Without OpenTelemetry (or without an endpoint to send to) a request's ``traceparent`` still travels on, so that a trace
-continues in whatever the ranks record.  With it, each request is a span with its time in the queue and at the ranks as
-children.  Spans are made when the answer is there, from the timings that were taken anyway.
+continues in whatever the ranks record.  With it, each request is a span; its children are its time in the queue and
+its dispatch, below that each rank, and below that the rank's collectives.  Spans are made when the answer is there,
+from the timings that were taken anyway.
 """
 
 from __future__ import annotations
@@ -88,20 +89,30 @@ class Tracing:
         return carrier
 
     def _parts(self, span: Any, began: int, result: InferResult) -> None:
+        timings = result.timings
+        dispatched = began + _ns(timings.queue)
+        answered = dispatched + _ns(timings.dispatch or max(timings.total - timings.queue, 0.0))
+        self._child(span, "queue", began, dispatched)
+        dispatch = self._child(span, "dispatch", dispatched, answered, {"batch.rows": timings.rows})
+        for rank, (forward, collective, copy) in enumerate(timings.ranks):
+            # A rank reports how long, not when: its span begins with the dispatch, and the sum of its collectives
+            # (waiting for other ranks included) is drawn at its end.
+            end = dispatched + _ns(copy + forward)
+            about = {"rank": rank, "forward.seconds": forward, "collective.seconds": collective, "copy.seconds": copy}
+            worked = self._child(dispatch, "rank", dispatched, end, about)
+            self._child(worked, "collectives", end - _ns(collective), end, {"rank": rank})
+
+    def _child(self, parent: Any, name: str, start: int, end: int, attributes: Any = None) -> Any:
         from opentelemetry.trace import set_span_in_context
 
-        timings = result.timings
-        context = set_span_in_context(span)
-        dispatched = began + int(timings.queue * 1e9)
-        answered = dispatched + int((timings.dispatch or max(timings.total - timings.queue, 0.0)) * 1e9)
-        self._tracer.start_span("queue", context=context, start_time=began).end(dispatched)
-        attributes = {
-            "batch.rows": timings.rows,
-            "forward.seconds": timings.forward,
-            "collective.seconds": timings.collective,
-            "copy.seconds": timings.copy,
-        }
-        self._tracer.start_span("dispatch", context=context, start_time=dispatched, attributes=attributes).end(answered)
+        context = set_span_in_context(parent)
+        span = self._tracer.start_span(name, context=context, start_time=start, attributes=attributes)
+        span.end(end)
+        return span
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Tracing:

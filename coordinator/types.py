@@ -67,6 +67,8 @@ class Timings:
     copy: float = 0.0
     total: float = 0.0
     rows: int = 0
+    ranks: list[tuple[float, float, float]] = field(default_factory=list)
+    """By rank: forward, collective, copy."""
 
 
 @dataclass(slots=True)

@@ -1,8 +1,10 @@
 """Trace context from a call's metadata to the ranks, and the spans of a request."""
 
 import asyncio
+import sys
 
 import pytest
+import structlog
 
 from coordinator import tracing
 from coordinator.errors import Unavailable
@@ -28,6 +30,7 @@ class Core:
         if self.failure is not None:
             raise self.failure
         timings = Timings(queue=0.25, dispatch=0.5, forward=0.4, collective=0.1, copy=0.05, total=0.75, rows=3)
+        timings.ranks = [(0.4, 0.1, 0.05), (0.3, 0.05, 0.05)]
         return InferResult(request.model, "1", [], timings, request.request_id)
 
 
@@ -78,7 +81,10 @@ def spans():
     def run(core, made):
         asyncio.run(tracing.Tracing(provider).forward(core, made, "ModelInfer"))
 
-    run.finished = lambda: {span.name: span for span in exporter.get_finished_spans()}
+    def name_of(span):
+        return span.name if "rank" not in span.attributes else f"{span.name} {span.attributes['rank']}"
+
+    run.finished = lambda: {name_of(span): span for span in exporter.get_finished_spans()}
     return run
 
 
@@ -86,7 +92,8 @@ def test_a_request_is_a_span_with_its_queue_and_dispatch(spans):
     core = Core()
     spans(core, request(traceparent=PARENT))
     made = spans.finished()
-    assert set(made) == {"ModelInfer", "queue", "dispatch"}
+    ranks = {f"{name} {rank}" for name in ("rank", "collectives") for rank in range(2)}
+    assert set(made) == {"ModelInfer", "queue", "dispatch", *ranks}
     root = made["ModelInfer"]
     assert format(root.context.trace_id, "032x") == TRACE
     assert format(root.parent.span_id, "016x") == "00f067aa0ba902b7"
@@ -95,8 +102,20 @@ def test_a_request_is_a_span_with_its_queue_and_dispatch(spans):
         assert made[name].parent.span_id == root.context.span_id
         assert (made[name].end_time - made[name].start_time) / 1e9 == pytest.approx(seconds)
     assert made["dispatch"].start_time == made["queue"].end_time
-    assert made["dispatch"].attributes["collective.seconds"] == 0.1
     assert made["dispatch"].attributes["batch.rows"] == 3
+
+
+def test_each_rank_and_its_collectives_are_below_the_dispatch(spans):
+    spans(Core(), request())
+    made = spans.finished()
+    for rank, (worked, collective) in enumerate([(0.45, 0.1), (0.35, 0.05)]):
+        span, inner = made[f"rank {rank}"], made[f"collectives {rank}"]
+        assert span.parent.span_id == made["dispatch"].context.span_id
+        assert inner.parent.span_id == span.context.span_id
+        assert (span.end_time - span.start_time) / 1e9 == pytest.approx(worked)
+        assert (inner.end_time - inner.start_time) / 1e9 == pytest.approx(collective)
+        assert span.start_time <= inner.start_time
+        assert inner.end_time == span.end_time
 
 
 def test_the_ranks_continue_the_request_s_span(spans):
@@ -121,3 +140,11 @@ def test_a_failure_is_on_the_span(spans):
     assert root.attributes["rpc.grpc.status"] == "UNAVAILABLE"
     assert root.status.description == "rank 1 was lost"
     assert not root.status.is_ok
+
+
+def test_without_the_exporter_it_says_so_and_goes_on(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
+    with structlog.testing.capture_logs() as lines:
+        made = tracing.from_environment({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"})
+    assert made._provider is None
+    assert [line["event"] for line in lines] == ["tracing_unavailable"]
