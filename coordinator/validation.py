@@ -49,14 +49,13 @@ def check_tensor(value: TensorValue, spec: tensor_pb2.TensorSpec) -> None:
         wanted = DataType(spec.dtype).torch_name
         raise InvalidArgument(f"input {value.name!r} is {value.dtype.torch_name}, the model takes {wanted}")
     _check_shape(value, spec.shape)
-    given = value.region.byte_size if value.region is not None else len(flat(value.data or b""))
+    given = len(flat(value.data or b""))
     if given != value.byte_size:
         raise InvalidArgument(
             f"input {value.name!r} has {given} bytes, but its shape {list(value.shape)} of "
             f"{value.dtype.torch_name} takes {value.byte_size}"
         )
-    if value.data is not None:
-        check_bounds(value, spec)
+    check_bounds(value, spec)
 
 
 def _check_shape(value: TensorValue, wanted: Sequence[int]) -> None:

@@ -55,7 +55,6 @@ def test_a_right_request_is_told_its_rows():
         (InferRequest("m", [ids(0)]), "input 'ids' is empty: its shape is [0, 3]"),
         (InferRequest("m", [ids(data=b"123")]), "has 3 bytes, but its shape [2, 3] of int64 takes 48"),
         (InferRequest("m", [ids(data=None)]), "input 'ids' has 0 bytes"),
-        (InferRequest("m", [ids(data=None, region=RegionRef("r", 0, 40))]), "has 40 bytes, but its shape"),
         (InferRequest("m", [ids(highest=100)]), "input 'ids' has the value 100, the model takes 0 to 99"),
         (InferRequest("m", [ids(highest=-1)]), "input 'ids' has the value -1, the model takes 0 to 99"),
         (InferRequest("m", [ids()], outputs=["z"]), "no output 'z' (it has y)"),
