@@ -12,24 +12,21 @@ from coordinator.batching import Queue, Ticket, join_key
 from coordinator.catalog import Catalog, ModelVersion
 from coordinator.commands import BatchInput, Execute, Executed
 from coordinator.config import Config
-from coordinator.errors import InvalidArgument, ServiceError, describe
+from coordinator.errors import ServiceError, describe
 from coordinator.fleet import Fleet
 from coordinator.generation import Ending
 from coordinator.metrics import Metrics
-from coordinator.regions import Regions
-from coordinator.types import InferRequest, InferResult, RegionRef, TensorValue
+from coordinator.types import InferRequest, InferResult, TensorValue
 from coordinator.validation import check
 from coordinator.wire import flat
 
 Answers = list[Executed | None]
-COPY_INLINE = 1 << 20  # bytes; more is copied off the event loop
 
 
 class Forwarder:
-    def __init__(self, config: Config, catalog: Catalog, fleet: Fleet, regions: Regions, metrics: Metrics) -> None:
+    def __init__(self, config: Config, catalog: Catalog, fleet: Fleet, metrics: Metrics) -> None:
         self._catalog = catalog
         self._fleet = fleet
-        self._regions = regions
         self._metrics = metrics
         self._depth = config.pipeline_depth
         self._loop = asyncio.get_running_loop()
@@ -48,11 +45,6 @@ class Forwarder:
         number = self._fleet.ready().number
         entry = self._catalog.ready(request.model, request.version, number)
         started = self._loop.time()
-        for value in request.inputs:
-            if value.region is not None:
-                await self._fetch(value)
-        for ref in request.output_regions.values():
-            self._regions.check(ref)
         rows = check(request, entry)
         key = join_key(request, entry) if rows and entry.joinable else None
         ticket = Ticket(request, entry, rows, key, self._loop.create_future(), started)
@@ -64,37 +56,8 @@ class Forwarder:
         except BaseException:
             ticket.future.cancel()
             raise
-        if request.output_regions:
-            await self._store(result, request)
         result.timings.total = self._loop.time() - started
         return result
-
-    async def _fetch(self, value: TensorValue) -> None:
-        """The bytes of an input that is in a client's region."""
-        ref = value.region
-        assert ref is not None
-        self._regions.check(ref)
-        if ref.byte_size != value.byte_size:
-            raise InvalidArgument(
-                f"input {value.name!r} has {ref.byte_size} bytes in its region, but its shape {list(value.shape)} of "
-                f"{value.dtype.torch_name} takes {value.byte_size}"
-            )
-        if ref.byte_size > COPY_INLINE:
-            value.data = await asyncio.to_thread(self._regions.read, ref)
-        else:
-            value.data = self._regions.read(ref)
-        value.region = None
-
-    async def _store(self, result: InferResult, request: InferRequest) -> None:
-        """Writes outputs to where the client wants them."""
-        for output in result.outputs:
-            ref = request.output_regions.get(output.name)
-            if ref is not None and output.data is not None:
-                if output.byte_size > COPY_INLINE:
-                    await asyncio.to_thread(self._regions.write, ref, output.data)
-                else:
-                    self._regions.write(ref, output.data)
-                output.data, output.region = None, RegionRef(ref.region, ref.offset, output.byte_size)
 
     async def finished(self) -> None:
         """Until nothing that was accepted waits for its answer."""
