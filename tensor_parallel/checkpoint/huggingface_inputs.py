@@ -62,9 +62,10 @@ def _longest_text(model: Any) -> int | None:
     text = model.config.get_text_config()
     named = ("max_position_embeddings", "n_positions", "max_target_positions")
     sizes = {size for name in named if isinstance(size := getattr(text, name, None), int)}
+    vocabulary = _vocabulary(model)
     limits = []
     for module in model.modules():
-        if not isinstance(module, nn.Embedding) or module is model.get_input_embeddings():
+        if not isinstance(module, nn.Embedding) or module is vocabulary:
             continue
         offset = getattr(module, "offset", 0)
         if module.num_embeddings - offset in sizes:
@@ -95,10 +96,16 @@ def _wanted(model: Any, accepted: Any, config: Any) -> list[str]:
 
 
 def _ids(length: int, model: Any, text: Any) -> Tensor:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    weight = getattr(embedding, "weight", None)
+    weight = getattr(_vocabulary(model), "weight", None)
     known = getattr(text, "vocab_size", None) or (weight.shape[0] if weight is not None else 2)
     return random_input((BATCH, length), torch.int64, 0, int(known), seed=length)
+
+
+def _vocabulary(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model of sound or images
+        return None
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:

@@ -12,18 +12,21 @@ from __future__ import annotations
 import copy
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensor_parallel.checkpoint.default_dtype import default_dtype
 from tensor_parallel.checkpoint.lazy import LazyTensor
+from tensor_parallel.checkpoint.memory import available_bytes
 from tensor_parallel.checkpoint.options import SourceOptions
 from tensor_parallel.checkpoint.stored import StoredTensor
-from tensor_parallel.errors import CheckpointError
+from tensor_parallel.errors import CheckpointError, DoesNotFit, TensorParallelError
 
 # A checkpoint is a directory: nothing it names may be fetched. Read by huggingface_hub when it is first imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +41,8 @@ TASKS = {
 }  # fmt: skip
 
 _ATTENTION = ("sdpa", "eager")
+
+_resolving = threading.Lock()  # transformers patches its own classes while it builds a model: one at a time
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,20 @@ def resolve(build: Any, config: Any, stored: Mapping[str, StoredTensor], dtype: 
 
     Raises :class:`CheckpointError` naming every tensor that is missing or of another shape than the model's.
     """
+    with _resolving:
+        model = _empty_model(build, config, dtype)
+        try:
+            return _resolve(build, model, stored, dtype)
+        except TensorParallelError:
+            raise
+        except Exception as error:  # names and shapes from a file, in code that expects a well-formed checkpoint
+            raise CheckpointError(f"the checkpoint does not fit {build.__name__}: {_first_line(error)}") from error
+
+
+def _resolve(build: Any, model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> Resolved:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
-    model = _empty_model(build, config, dtype)
     load = LoadStateDictConfig(
         device_map={"": "cpu"},
         dtype=dtype,
@@ -151,22 +166,26 @@ def without_weights(build: Any, config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def _empty_model(build: Any, config: Any, dtype: torch.dtype) -> Any:
+    from transformers import initialization
+
     config = copy.deepcopy(config)
     for part in _configs(config):
         part.dtype = dtype
     try:
-        with ExitStack() as stack:
-            for context in build.get_init_context(dtype, False, False, None):
-                stack.enter_context(context)
+        # As from_pretrained builds, but for the default dtype, which must not change for what other threads serve.
+        with default_dtype(dtype), initialization.no_tie_weights(), torch.device("meta"):
             return build(config)
     except Exception as error:  # model code raises anything for sizes that do not fit together
         raise CheckpointError(f"{build.__name__} cannot be built from config.json: {_first_line(error)}") from error
 
 
 def _compute_the_rest(model: Any, absent: set[str]) -> None:
-    """Give a value to what is in no checkpoint by design: non-persistent buffers, and weights the model lists as
-    optional.
-    """
+    """Give a value to what is in no checkpoint by design: non-persistent buffers, and weights listed as optional."""
+    needed = [model.get_parameter_or_buffer(name) for name in absent - model.all_tied_weights_keys.keys()]
+    needed += [buffer for _, buffer in model.named_non_persistent_buffers()]
+    size, available = sum(one.numel() * one.element_size() for one in needed), available_bytes(torch.device("cpu"))
+    if available is not None and size > available:
+        raise DoesNotFit(f"config.json asks for {size / 2**30:.0f} GiB of computed buffers, more than there is memory")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # should any of it be random, it must be alike on every rank
         model._move_missing_keys_from_meta_to_device(absent, {"": "cpu"}, None, None)

@@ -87,15 +87,16 @@ def _screen(document: dict[str, Any]) -> Program:
     graph, signature = graph_module["graph"], graph_module["signature"]
     root = next(entry["signature"] for entry in graph_module["module_call_graph"] if entry["fqn"] == "")
     specs = signature["input_specs"]
-    kept = [index for index, spec in enumerate(specs) if not _is_constant_input(spec)]
-    users = [
-        spec["user_input"]["arg"]["as_tensor"]["name"]
-        for spec in (specs[i] for i in kept)
-        if _kind(spec) == "user_input"
-    ]
+    tensors = [at for at, spec in enumerate(specs) if _kind(spec) == "user_input" and not _is_constant_input(spec)]
+    users = [specs[at]["user_input"]["arg"]["as_tensor"]["name"] for at in tensors]
     names = _input_names(root, [spec for spec in specs if _kind(spec) in ("user_input", "constant_input")], users)
-    flat_graph = {**graph, "inputs": [graph["inputs"][i] for i in kept]}
-    flat_signature = {**signature, "input_specs": [specs[i] for i in kept]}
+    # By name: torch traces a rebuilt program with keyword arguments in the order they are given, and ours come sorted.
+    order = sorted(range(len(names)), key=lambda k: names[k])
+    names, users = [names[k] for k in order], [users[k] for k in order]
+    states = [at for at, spec in enumerate(specs) if _kind(spec) not in ("user_input", "constant_input")]
+    kept = [*states, *(tensors[k] for k in order)]
+    flat_graph = {**graph, "inputs": [graph["inputs"][at] for at in kept]}
+    flat_signature = {**signature, "input_specs": [specs[at] for at in kept]}
     outputs = _output_names(json.loads(root["out_spec"]), graph_module.get("treespec_namedtuple_fields", {}))
     limits = _ranges(document["range_constraints"])
     clean = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from tensor_parallel.backends import form_backend, shm_library
+from tensor_parallel.backends import form_backend, shm, shm_library, shm_pure
 from tensor_parallel.backends.layout import join_gathered, raw_bytes, split_for_ranks
 from tensor_parallel.backends.shm_handshake import Host
 from tensor_parallel.errors import ConfigError
@@ -35,10 +35,18 @@ def test_an_impossible_rank_is_refused() -> None:
         form("gloo", rank=2)
 
 
-def test_shm_without_its_compiled_part_says_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tensor_parallel.backends.shm.load_library", lambda: None)
-    with pytest.raises(ConfigError, match='not built here; use "gloo"'):
+def test_shm_where_it_cannot_work_says_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "load_library", lambda: None)
+    monkeypatch.setattr(shm_pure.platform, "machine", lambda: "aarch64")
+    assert shm.this_host() != shm.this_host()  # shares memory with nobody
+    with pytest.raises(ConfigError, match='compiled part or x86-64; use "gloo"'):
         form("shm")
+
+
+@pytest.mark.skipif(not shm_pure.usable(), reason="the part in Python is for x86-64 only")
+def test_without_its_compiled_part_shm_has_one_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "load_library", lambda: None)
+    assert isinstance(shm.available_library(), shm_pure.PureLibrary)
 
 
 def test_a_library_of_another_build_is_passed_over(

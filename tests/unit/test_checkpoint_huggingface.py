@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tensor_parallel.checkpoint import load_shards, open_source
+from tensor_parallel.checkpoint.default_dtype import default_dtype
 from tensor_parallel.checkpoint.expression import Compute, whole
 from tensor_parallel.checkpoint.lazy import LazyTensor
-from tensor_parallel.errors import AccessDenied, CheckpointError, InvalidInput
+from tensor_parallel.errors import AccessDenied, CheckpointError, DoesNotFit, InvalidInput
 from tensor_parallel.planner.shard import Shard
 from tests import checkpoints
 
@@ -321,3 +323,65 @@ def test_the_real_checkpoint_is_read_whole() -> None:
     shards = dict.fromkeys(want, Shard.replicated())
     loaded = load_shards(source, shards, 0, device=CPU)
     assert all(torch.equal(loaded.tensors[name], value) for name, value in want.items())
+
+
+def test_building_a_bfloat16_model_changes_no_other_threads_default(saved: Callable[[str], Path]) -> None:
+    seen: set[torch.dtype] = set()
+    stop = threading.Event()
+
+    def serve() -> None:
+        while not stop.is_set():
+            seen.update({torch.get_default_dtype(), torch.ones(1).dtype, torch.tensor(1.0).dtype})
+
+    other = threading.Thread(target=serve)
+    other.start()
+    try:
+        for _ in range(5):
+            open_source(saved("llama")).build_meta()
+    finally:
+        stop.set()
+        other.join(10)
+    assert seen == {torch.float32}
+
+
+def test_a_default_dtype_for_one_thread_is_what_torch_would_use() -> None:
+    makers: list[Callable[[], Any]] = [
+        lambda: torch.ones(2),
+        lambda: torch.arange(3),
+        lambda: torch.arange(0.0, 1.0, 0.25),
+        lambda: torch.tensor([[1.0], [2]]),
+        lambda: torch.tensor([1, 2]),
+        lambda: torch.full((2,), 3),
+        lambda: torch.full((2,), 0.5),
+        lambda: torch.linspace(0, 1, 3),
+        lambda: torch.empty(2),
+        lambda: torch.nn.Linear(2, 2).weight,
+        lambda: torch.zeros(2, dtype=torch.float64),
+        lambda: torch.as_tensor(1.5),
+        lambda: torch.eye(2),
+        lambda: torch.tensor(True),
+        lambda: torch.normal(0.0, 1.0, size=(2,)),
+        lambda: torch.get_default_dtype(),
+    ]
+    with default_dtype(torch.bfloat16):
+        here = [getattr(made, "dtype", made) for made in (make() for make in makers)]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        there = [getattr(made, "dtype", made) for made in (make() for make in makers)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert here == there
+
+
+def test_a_config_that_asks_for_absurd_tables_is_refused(bert: Path) -> None:
+    edit_config(bert, max_position_embeddings=1 << 44)
+    with pytest.raises((CheckpointError, DoesNotFit)):
+        open_source(bert).build_meta()
+
+
+def test_names_that_no_model_has_are_only_unused(bert: Path) -> None:
+    odd = {"": torch.ones(1), "..": torch.ones(1), "a" * 5000: torch.ones(1), "bert.(?P<x>.": torch.ones(1)}
+    edit_tensors(bert, lambda tensors: tensors.update(odd))
+    source = open_source(bert)
+    source.build_meta()
+    assert len(source.unused) == 4

@@ -66,11 +66,11 @@ def test_unix_paths_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_unknown_hosts_and_interfaces() -> None:
-    with pytest.raises(BindError, match="192.0.2.1"):
+    with pytest.raises(BindError, match=r"192\.0\.2\.1"):
         check_free(Address("192.0.2.1", 0))
     with pytest.raises(BindError, match="nosuch0"):
         interface_address("nosuch0")
-    with pytest.raises(BindError, match="192.0.2.1"):
+    with pytest.raises(BindError, match=r"192\.0\.2\.1"):
         listening_socket("192.0.2.1")
 
 
