@@ -22,6 +22,7 @@ from protos.tensor_parallel.v1 import tensor_pb2
 from tests.service.clusters import Cluster
 from tests.service.conformance import CHECKS, NUMPY, Env, fails, pair, random_bits, tensor
 from tests.service.daemons import wait_for
+from tests.unit.test_metrics_monitoring import LABELS
 
 FACTORIES = "tests.service.inference_models"
 PREFIX = "tp-conformance-"
@@ -34,6 +35,7 @@ def spec(name, datatype, shape):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     allowed = [f"--allow-factory={FACTORIES}:{name}" for name in ("simple", "identity", "sleepy")]
+    allowed += ["--metrics-listen", "127.0.0.1:0"]
     arguments = ["--metrics-listen", "127.0.0.1:0", "--enable-shared-memory", PREFIX]
     with Cluster(2, tmp_path_factory.mktemp("cluster"), arguments=arguments, daemon_arguments=allowed) as running:
         pair_of = [spec(f"INPUT{n}", "INT32", [-1, 16]) for n in range(2)]
@@ -106,15 +108,15 @@ def test_one_request_id_in_every_process_that_it_touched(cluster, env):
         wait_for(lambda daemon=daemon: lines_of(daemon), "the rank's line")
 
 
-def scrape(cluster):
-    (listening,) = cluster.coordinator.events("listening")
+def scrape(process):
+    listening = process.events("listening")[-1]
     with urllib.request.urlopen(f"http://{listening['metrics']}/metrics", timeout=10) as answer:
         families = text_string_to_metric_families(answer.read().decode())
         return {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
 
 
 def test_metrics_count_what_happened(cluster, env):
-    before = scrape(cluster)
+    before = scrape(cluster.coordinator)
     values = random_bits("FP32", (100, 100), 1)
     for _ in range(5):
         env.client.infer("identity_fp32", [tensor("x", values)])
@@ -122,7 +124,7 @@ def test_metrics_count_what_happened(cluster, env):
         env.client.infer("identity_fp32", [tensor("x", values[0])])
     with fails("NOT_FOUND"):
         env.client.infer("made-up", [tensor("x", values)])
-    after = scrape(cluster)
+    after = scrape(cluster.coordinator)
 
     def grew(name, **labels):
         key = (name, *sorted(labels.items()))
@@ -143,6 +145,18 @@ def test_metrics_count_what_happened(cluster, env):
     assert [after["coordinator_rank_up", ("rank", str(rank))] for rank in range(2)] == [1, 1]
     assert after["coordinator_load_seconds_count", ("code", "OK")] >= 11
     assert (after[("coordinator_queue_depth",)], after[("coordinator_in_flight",)]) == (0, 0)
+
+
+def test_what_the_dashboard_asks_for_is_exported_by_the_processes(cluster, env):
+    """test_metrics_monitoring holds queries against the registries; this holds the registries against the processes."""
+    env.client.infer("simple", pair())
+    served = {name for process in (cluster.coordinator, *cluster.daemons) for name, *_labels in scrape(process)}
+    wanted = {name for name in LABELS if not name.startswith("coordinator_generations")}  # none has ended yet
+    assert wanted - served == set()
+    for rank, daemon in enumerate(cluster.daemons):
+        seen = scrape(daemon)
+        assert seen["shardd_state", ("rank", str(rank)), ("state", "READY")] == 1
+        assert seen["shardd_forward_seconds_count", ("model", "simple"), ("rank", str(rank))] >= 1
 
 
 def test_reflection_lists_what_is_served(cluster):
@@ -179,7 +193,7 @@ def test_a_lost_rank_is_unavailable_with_a_retry_hint_and_comes_back(cluster, en
     cluster.daemons.restart(1)
     cluster.await_serving()
     assert isinstance(env.client.infer("simple", pair()), triton.InferResult)
-    after = scrape(cluster)
+    after = scrape(cluster.coordinator)
     assert after["coordinator_generations_total", ("reason", "rank_lost")] >= 1
     assert after[("coordinator_recovery_seconds_count",)] >= 1
 
