@@ -6,8 +6,9 @@ import uuid
 import pytest
 
 from coordinator import errors
-from coordinator.regions import Regions
-from coordinator.types import RegionRef
+from coordinator.dtypes import DataType
+from coordinator.regions import Regions, put
+from coordinator.types import InferRequest, InferResult, RegionRef, TensorValue
 
 PREFIX = "tp-test-"
 
@@ -28,13 +29,32 @@ def segment():
 def regions(segment):
     made = Regions(PREFIX)
     made.register("r", "/" + segment[0], 0, 4096)
-    yield made
-    made.unregister("")
+    return made
 
 
-def test_bytes_are_copied_out_and_in(regions, segment):
-    assert bytes(regions.read(RegionRef("r", 8, 16))) == bytes(range(8, 24))
-    regions.write(RegionRef("r", 100, 64), b"z" * 10)
+def shared(offset, size, shape=None):
+    value = TensorValue("x", DataType.UINT8, (size,) if shape is None else shape, None, RegionRef("r", offset, size))
+    return InferRequest(model="m", inputs=[value])
+
+
+def answer(size):
+    return InferResult("m", "1", [TensorValue("y", DataType.UINT8, (size,), memoryview(b"z" * size))])
+
+
+def test_inputs_are_copied_out(regions):
+    request = shared(8, 16)
+    assert regions.take(request) == {}
+    (value,) = request.inputs
+    assert (value.region, bytes(value.data)) == (None, bytes(range(8, 24)))
+
+
+def test_outputs_are_put_where_they_belong(regions, segment):
+    request = InferRequest(model="m", inputs=[], output_regions={"y": RegionRef("r", 100, 64)})
+    targets = regions.take(request)
+    result = answer(10)
+    put(result, request, targets)
+    (value,) = result.outputs
+    assert (value.data, value.region) == (None, RegionRef("r", 100, 10))
     with open(segment[1], "rb") as file:
         assert file.read()[98:112] == bytes((98, 99)) + b"z" * 10 + bytes((110, 111))
 
@@ -42,28 +62,37 @@ def test_bytes_are_copied_out_and_in(regions, segment):
 def test_a_registered_part_begins_at_its_offset(segment):
     made = Regions(PREFIX)
     made.register("r", segment[0], 100, 50)
-    assert bytes(made.read(RegionRef("r", 5, 4))) == bytes(range(105, 109))
-    for outside in (RegionRef("r", 48, 4), RegionRef("r", 0, 51), RegionRef("r", 2**62, 4)):
-        with pytest.raises(errors.InvalidArgument, match="outside"):
-            made.read(outside)
-    made.unregister("")
+    request = shared(5, 4)
+    made.take(request)
+    assert bytes(request.inputs[0].data) == bytes(range(105, 109))
+    with pytest.raises(errors.InvalidArgument, match="outside"):
+        made.take(shared(48, 4))
 
 
 def test_a_region_that_shrinks_fails_its_request_alone(regions, segment):
     os.truncate(segment[1], 10)
     with pytest.raises(errors.InvalidArgument, match="shrunk"):
-        regions.read(RegionRef("r", 0, 4096))
+        regions.take(shared(0, 4096))
+    request = InferRequest(model="m", inputs=[], output_regions={"y": RegionRef("r", 0, 64)})
     with pytest.raises(errors.InvalidArgument, match="shrunk"):
-        regions.write(RegionRef("r", 0, 64), b"z" * 64)
+        put(answer(64), request, regions.take(request))
     assert os.path.getsize(segment[1]) == 10
 
 
 def test_a_region_that_is_removed_serves_until_it_is_unregistered(regions, segment):
     os.unlink(segment[1])
-    assert bytes(regions.read(RegionRef("r", 0, 4))) == bytes(range(4))
+    request = shared(0, 4)
+    regions.take(request)
+    assert bytes(request.inputs[0].data) == bytes(range(4))
+
+
+def test_a_request_outlives_an_unregister(regions):
+    request = InferRequest(model="m", inputs=[], output_regions={"y": RegionRef("r", 0, 64)})
+    targets = regions.take(request)
     regions.unregister("r")
-    with pytest.raises(errors.InvalidArgument, match="not registered"):
-        regions.read(RegionRef("r", 0, 4))
+    put(answer(64), request, targets)
+    with pytest.raises(errors.InvalidArgument, match="Unable to find"):
+        regions.take(shared(0, 4))
 
 
 def test_descriptors_are_closed(segment):
@@ -86,13 +115,13 @@ def test_off_by_default():
     ("key", "error"),
     [
         ("other", errors.PermissionDenied),
-        (f"{PREFIX}../../etc/passwd", errors.PermissionDenied),
-        (f"/{PREFIX}x/y", errors.PermissionDenied),
-        (f"//{PREFIX}x", errors.PermissionDenied),
-        ("", errors.PermissionDenied),
-        (f"{PREFIX}\0x", errors.PermissionDenied),
-        ("..", errors.PermissionDenied),
-        (f"{PREFIX}nobody-has-made-this", errors.NotFound),
+        (f"{PREFIX}../../etc/passwd", errors.InvalidArgument),
+        (f"/{PREFIX}x/y", errors.InvalidArgument),
+        (f"//{PREFIX}x", errors.InvalidArgument),
+        ("", errors.InvalidArgument),
+        (f"{PREFIX}\0x", errors.InvalidArgument),
+        ("..", errors.InvalidArgument),
+        (f"{PREFIX}nobody-has-made-this", errors.InvalidArgument),
     ],
 )
 def test_keys_are_confined(key, error):
@@ -105,25 +134,30 @@ def test_links_and_other_files_are_not_followed(segment, tmp_path):
     secret.write_bytes(b"s" * 4096)
     os.unlink(segment[1])
     os.symlink(secret, segment[1])
-    with pytest.raises(errors.InvalidArgument, match="cannot be opened"):
+    with pytest.raises(errors.InvalidArgument, match="Unable to open"):
         Regions(PREFIX).register("r", segment[0], 0, 4096)
     os.unlink(segment[1])
     os.mkfifo(segment[1])
-    with pytest.raises(errors.InvalidArgument, match="needed"):
-        Regions(PREFIX).register("r", segment[0], 0, 1)
+    with pytest.raises(errors.InvalidArgument, match="no shared memory object"):
+        Regions(PREFIX).register("r", segment[0], 0, 0)
 
 
 def test_a_region_past_its_object_is_refused(segment):
-    with pytest.raises(errors.InvalidArgument, match="needed"):
+    with pytest.raises(errors.InvalidArgument, match="fewer"):
         Regions(PREFIX).register("r", segment[0], 4000, 100)
 
 
 def test_names_are_taken_once(regions, segment):
     with pytest.raises(errors.AlreadyExists):
         regions.register("r", segment[0], 0, 4096)
-    assert regions.list() == {"r": ("/" + segment[0], RegionRef("r", 0, 4096))}
+    with pytest.raises(errors.NotFound):
+        regions.unregister("nobody")
+    assert regions.listed() == {"r": ("/" + segment[0], RegionRef("r", 0, 4096))}
 
 
-def test_an_output_must_fit(regions):
-    with pytest.raises(errors.InvalidArgument, match="64 bytes does not fit"):
-        regions.write(RegionRef("r", 0, 4), b"z" * 64)
+def test_sizes_must_agree(regions):
+    with pytest.raises(errors.InvalidArgument, match="takes 8 bytes"):
+        regions.take(shared(0, 16, shape=(8,)))
+    request = InferRequest(model="m", inputs=[], output_regions={"y": RegionRef("r", 0, 4)})
+    with pytest.raises(errors.InvalidArgument, match="takes 64 bytes"):
+        put(answer(64), request, regions.take(request))
