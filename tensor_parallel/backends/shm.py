@@ -12,10 +12,12 @@ import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from math import prod
+from typing import Any
 
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from tensor_parallel.backends import shm_pure
 from tensor_parallel.backends.layout import as_dtype, reducible, restore
 from tensor_parallel.backends.shm_handshake import Host, exchange_hosts, share
 from tensor_parallel.backends.shm_library import DTYPE_CODES, MAX_RANKS, load_library
@@ -34,6 +36,17 @@ ONCE_BELOW = 64 << 10
 """All-reduces below this many bytes take one step instead of two."""
 _SPINS_ALONE, _SPINS_CROWDED = 4000, 256
 _ABORTED, _TIMED_OUT, _PEER_LOST, _MISMATCH = 1, 2, 3, 4
+
+
+def available_library() -> Any:
+    """The compiled part, else the same in Python where that is sound, else None."""
+    return load_library() or (shm_pure.PureLibrary() if shm_pure.usable() else None)
+
+
+def this_host() -> Host:
+    """Which host this process could share memory on, and by which library; None can be shared without one."""
+    library = available_library()
+    return Host.nowhere() if library is None else Host.here(type(library).__name__)
 
 
 class ShmBackend:
@@ -65,20 +78,18 @@ class ShmBackend:
         hosts: Sequence[Host] | None = None,
         prefix: str = "",
     ) -> None:
-        library = load_library()
+        library = available_library()
         if library is None:
-            raise ConfigError(
-                'backend "shm" needs the compiled part of this package, which was not built here; use "gloo"'
-            )
+            raise ConfigError('backend "shm" needs Linux, and this package\'s compiled part or x86-64; use "gloo"')
         if world_size > MAX_RANKS:
             raise ConfigError(f'backend "shm" takes at most {MAX_RANKS} ranks, got {world_size}')
-        hosts = hosts or exchange_hosts(store, Host.here(), rank, world_size, timeout)
+        hosts = hosts or exchange_hosts(store, this_host(), rank, world_size, timeout)
         apart = [peer for peer, host in enumerate(hosts) if host.identity != hosts[rank].identity]
         if apart:
             raise ConfigError(f'backend "shm" needs all ranks on one host; rank {rank} shares none with ranks {apart}')
         self.rank = rank
         self.world_size = world_size
-        self._library = library
+        self._library: Any = library
         self._busy = threading.Lock()  # held while a collective runs
         self._life = threading.Lock()  # held while the region is aborted or unmapped
         cores = {core for host in hosts for core in host.cores}
@@ -158,10 +169,10 @@ class ShmBackend:
         if getattr(self, "_region", None) is not None:
             self.close()
 
-    def _open(self) -> int:
+    def _open(self) -> Any:
         if self._region is None:
             raise CollectiveAborted(f"rank {self.rank} of {self.world_size} over shm: the backend is closed")
-        return int(self._region)
+        return self._region
 
     def _check(self, status: int, operation: str) -> None:
         if status == 0:

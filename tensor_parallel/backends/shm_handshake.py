@@ -39,11 +39,14 @@ class Host:
     cores: tuple[int, ...]
 
     @classmethod
-    def here(cls) -> Host:
-        """This process's: same boot of the same kernel, same network namespace (abstract sockets), same user."""
+    def here(cls, flavour: str = "") -> Host:
+        """This process's: same boot of the same kernel, same network namespace (abstract sockets), same user.
+
+        ``flavour`` is whatever else must be the same, such as the layout of the memory.
+        """
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         network = os.stat("/proc/self/ns/net").st_ino
-        return cls(f"{boot}/{network}/{os.geteuid()}", tuple(sorted(os.sched_getaffinity(0))))
+        return cls(f"{boot}/{network}/{os.geteuid()}/{flavour}", tuple(sorted(os.sched_getaffinity(0))))
 
     @classmethod
     def nowhere(cls) -> Host:

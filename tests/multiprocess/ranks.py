@@ -31,11 +31,12 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from tensor_parallel.backends import form_backend
+from tensor_parallel.backends import form_backend, shm
 from tensor_parallel.group import Backend, Group
 
 _PATIENCE = timedelta(seconds=20)
@@ -64,7 +65,10 @@ class Place:
         return PrefixStore(f"{self.run}/{name}", _clients[self.store_port])
 
     def form(self, kind: str = "gloo", name: str = "", timeout: timedelta = _PATIENCE) -> Backend:
-        """A new backend. The caller closes it."""
+        """A new backend of :func:`form_backend`'s kinds, or ``"pure"``: shared memory without its compiled part."""
+        if kind == "pure":
+            with patch.object(shm, "load_library", lambda: None):
+                return self.form("shm", f"pure/{name}", timeout)
         return form_backend(
             kind, store=self.store(f"{kind}/{name}"), rank=self.rank, world_size=self.world_size, timeout=timeout
         )

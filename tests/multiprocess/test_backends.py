@@ -8,11 +8,17 @@ from torch import Tensor
 
 from tensor_parallel.backends import shm
 from tensor_parallel.backends.shm_library import load_library
+from tensor_parallel.backends.shm_pure import usable
 from tensor_parallel.errors import CollectiveMismatch, ConfigError
 from tests.multiprocess.ranks import Place, on_ranks
 
 needs_library = pytest.mark.skipif(load_library() is None, reason="the compiled part is not built on this machine")
-KINDS = [pytest.param("gloo"), pytest.param("shm", marks=needs_library)]
+needs_x86 = pytest.mark.skipif(not usable(), reason="the part in Python is for x86-64 only")
+KINDS = [
+    pytest.param("gloo"),
+    pytest.param("shm", marks=needs_library),
+    pytest.param("pure", marks=needs_x86),
+]
 
 NARROW_FLOATS = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 DTYPES = (
@@ -56,7 +62,7 @@ def same_bits(got: Tensor, wanted: Tensor) -> bool:
 
 def assert_sum(kind: str, got: Tensor, wanted: Tensor) -> None:
     """Shared memory promises the bits; TCP the value, rounded at each step of narrow types."""
-    if kind == "shm":
+    if kind != "gloo":
         assert same_bits(got, wanted), (got, wanted)
     elif wanted.dtype.itemsize > 1 or not wanted.dtype.is_floating_point:
         tolerance = {"rtol": 3e-2, "atol": 3e-1} if wanted.dtype in NARROW_FLOATS else {}
@@ -101,11 +107,11 @@ def broadcast_everything(place: Place, kind: str) -> None:
     backend.barrier()
 
 
-def through_small_buffers(place: Place, seed_rounds: int) -> None:
+def through_small_buffers(place: Place, kind: str, seed_rounds: int) -> None:
     """Many chunks, and a random order of operations that every rank draws alike."""
     regular, shm.SLOT_BYTES = shm.SLOT_BYTES, 4096
     try:
-        backend = place.form("shm", "small")
+        backend = place.form(kind, "small")
     finally:
         shm.SLOT_BYTES = regular
     generator = torch.Generator().manual_seed(7)
@@ -132,8 +138,8 @@ def bits_of_a_sum(place: Place, kind: str) -> bytes:
     return bytes(place.group(kind).backend.all_reduce_sum_(tensor).numpy().tobytes())
 
 
-def call_different_collectives(place: Place) -> str:
-    backend = place.form("shm", "mismatch")
+def call_different_collectives(place: Place, kind: str) -> str:
+    backend = place.form(kind, "mismatch")
     with pytest.raises(CollectiveMismatch) as caught:
         backend.all_reduce_sum_(torch.zeros(4 + place.rank))
     backend.close()
@@ -152,15 +158,13 @@ def automatic(place: Place) -> str:
 
 
 def automatic_when_one_rank_shares_no_memory(place: Place) -> str:
-    from tensor_parallel.backends import form
-
-    original = form.load_library
+    original = shm.available_library
     if place.rank == 1:
-        form.load_library = lambda: None
+        shm.available_library = lambda: None
     try:
         backend = place.form("auto", "mixed")
     finally:
-        form.load_library = original
+        shm.available_library = original
     backend.close()
     return backend.name
 
@@ -192,10 +196,10 @@ def test_broadcast_from_every_rank(kind: str) -> None:
     on_ranks(3, broadcast_everything, kind)
 
 
-@needs_library
+@pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_shm_in_many_chunks_and_any_order_of_operations(world_size: int) -> None:
-    on_ranks(world_size, through_small_buffers, 120)
+def test_shared_memory_in_many_chunks_and_any_order_of_operations(kind: str, world_size: int) -> None:
+    on_ranks(world_size, through_small_buffers, kind, 60)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,9 +208,9 @@ def test_a_sum_has_the_same_bits_on_every_rank(kind: str) -> None:
     assert bits[0] == bits[1] == bits[2]
 
 
-@needs_library
-def test_shm_ranks_in_different_collectives_are_told_so() -> None:
-    messages = on_ranks(2, call_different_collectives)
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_ranks_in_different_collectives_are_told_so(kind: str) -> None:
+    messages = on_ranks(2, call_different_collectives, kind)
     assert all("another shape" in message for message in messages)
 
 
