@@ -10,6 +10,7 @@ from coordinator.client.aio import AsyncClient
 from coordinator.client.calls import load_options
 from coordinator.client.connection import Tls
 from coordinator.client.errors import InvalidInputError, RequestError
+from coordinator.client.memory import SharedRegion
 from coordinator.client.sync import Client
 from coordinator.retry import RetryPolicy
 
@@ -19,6 +20,7 @@ __all__ = [
     "InvalidInputError",
     "RequestError",
     "RetryPolicy",
+    "SharedRegion",
     "Tls",
     "load_options",
 ]

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
+import numpy.typing as npt
 from google.protobuf.message import Message
 
 from coordinator.client import calls, stream
 from coordinator.client.calls import Json
 from coordinator.client.connection import Connection, Options, TlsSetting, new_request_id
 from coordinator.client.errors import RequestError, from_rpc
+from coordinator.client.memory import DEFAULT_PREFIX, Regions, SharedRegion, allow_registered, forgotten
 from coordinator.client.sync import DEFAULT_TIMEOUT, LOAD_TIMEOUT
 from coordinator.retry import Attempts, RetryPolicy
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
@@ -39,6 +42,7 @@ class AsyncClient:
         self._connection = Connection.of(target, token, tls, retries, timeout, options)
         self._opened: grpc.aio.Channel | None = None
         self._closed = False
+        self._regions = Regions({})
 
     @property
     def target(self) -> str:
@@ -100,9 +104,22 @@ class AsyncClient:
         version: str = "",
         priority: int = 0,
         streamed: bool | None = None,
+        into: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> dict[str, Any]:
         """See `Client.forward`."""
-        call = calls.forward_call(name, inputs, outputs, new_request_id(request_id), version, priority, streamed)
+        call = calls.forward_call(
+            name, inputs, outputs, new_request_id(request_id), version, priority, streamed, into, self._regions
+        )
+        try:
+            return await self._forward_once_registered(call, timeout)
+        except RequestError as error:
+            if not forgotten(error):
+                raise
+        for region in self._regions.open.values():
+            await self._register(region)
+        return await self._forward_once_registered(call, timeout)
+
+    async def _forward_once_registered(self, call: calls.ForwardCall, timeout: float | None) -> dict[str, Any]:
         if call.streamed:
             return await self._retry(lambda *how: self._stream_once(call, *how), timeout, call.request_id)
         payload = call.encode()
@@ -132,6 +149,25 @@ class AsyncClient:
             path=str(path), options=calls.load_options(**options), ranks=ranks, device_memory=device_memory
         )
         return calls.plan_answer(await self._unary(calls.PLAN, request, pb.PlanResponse, timeout))
+
+    @contextlib.asynccontextmanager
+    async def shared_memory(self, byte_size: int, prefix: str = DEFAULT_PREFIX) -> AsyncIterator[SharedRegion]:
+        """See `Client.shared_memory`."""
+        region = SharedRegion(byte_size, prefix)
+        try:
+            await self._register(region)
+            self._regions.open[region.name] = region
+            yield region
+        finally:
+            if self._regions.open.pop(region.name, None) is not None:
+                with contextlib.suppress(RequestError):  # it may be gone, and its registrations with it
+                    request = pb.UnregisterSharedMemoryRequest(name=region.name)
+                    await self._unary(calls.UNREGISTER, request, pb.UnregisterSharedMemoryResponse, 5.0)
+            region.close()
+
+    async def _register(self, region: SharedRegion) -> None:
+        with allow_registered():
+            await self._unary(calls.REGISTER, region.registration(), pb.RegisterSharedMemoryResponse, None)
 
     async def close(self) -> None:
         self._closed = True

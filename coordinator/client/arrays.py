@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from coordinator.client.errors import InvalidInputError, RequestError
 from coordinator.dtypes import DataType, from_numpy, from_torch_name
+from protos.tensor_parallel.v1 import tensor_pb2
 
 _SUPPORTED = ", ".join(dtype.torch_name for dtype in DataType)
 
@@ -34,10 +35,16 @@ class WireTensor:
     dtype: int
     shape: tuple[int, ...]
     data: memoryview
+    shared: tensor_pb2.SharedMemoryRef | None = None  # then ``data`` is empty
 
 
-def to_wire(inputs: Mapping[str, Any]) -> tuple[list[WireTensor], bool]:
+Locate = Callable[[npt.NDArray[Any]], tensor_pb2.SharedMemoryRef | None]
+
+
+def to_wire(inputs: Mapping[str, Any], locate: Locate = lambda _: None) -> tuple[list[WireTensor], bool]:
     """The tensors of ``inputs``, and whether any was a torch tensor (then outputs are to be, too).
+
+    ``locate`` tells where in shared memory an array lies, if it does.
 
     Raises InvalidInputError for what has no element type on the wire (objects, strings, complex numbers).
     """
@@ -52,11 +59,11 @@ def to_wire(inputs: Mapping[str, Any]) -> tuple[list[WireTensor], bool]:
             any_torch = True
             tensors.append(_from_torch(name, value, torch))
         else:
-            tensors.append(_from_numpy(name, value))
+            tensors.append(_from_numpy(name, value, locate))
     return tensors, any_torch
 
 
-def _from_numpy(name: str, value: object) -> WireTensor:
+def _from_numpy(name: str, value: object, locate: Locate) -> WireTensor:
     try:
         array = np.asarray(value)
     except ValueError as error:  # ragged lists
@@ -70,7 +77,8 @@ def _from_numpy(name: str, value: object) -> WireTensor:
         ) from None
     if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
         array = array.astype(array.dtype.newbyteorder("<"))
-    return WireTensor(name, dtype, array.shape, _bytes_of(array))
+    shared = locate(array)
+    return WireTensor(name, dtype, array.shape, memoryview(b"") if shared else _bytes_of(array), shared)
 
 
 def _bytes_of(array: npt.NDArray[Any]) -> memoryview:

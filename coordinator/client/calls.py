@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from coordinator.client import wire
 from coordinator.client.arrays import WireTensor, from_wire, to_wire
 from coordinator.client.errors import InvalidInputError, RequestError
+from coordinator.client.memory import Regions
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import tensor_pb2
 
@@ -41,6 +42,7 @@ class ForwardCall:
     tensors: list[WireTensor]
     as_torch: bool
     streamed: bool
+    regions: Regions
 
     @property
     def request_id(self) -> str:
@@ -53,9 +55,7 @@ class ForwardCall:
         """The outputs by name. Raises RequestError (INTERNAL) if ``message`` is not a response."""
         try:
             _, outputs = wire.decode_forward(message)
-            found = {
-                meta.name: from_wire(meta.dtype, meta.shape, data, as_torch=self.as_torch) for meta, data in outputs
-            }
+            found = {meta.name: self.output(meta, data) for meta, data in outputs}
         except RequestError as error:
             error.request_id = self.request_id
             raise
@@ -64,6 +64,12 @@ class ForwardCall:
                 grpc.StatusCode.INTERNAL, f"the answer cannot be read: {error}", request_id=self.request_id
             ) from None
         return found
+
+    def output(self, meta: tensor_pb2.Tensor, data: memoryview | bytearray) -> Any:
+        """The array of an output; one in shared memory is a view of that."""
+        if meta.HasField("shared_memory"):
+            data = self.regions.view(meta.shared_memory)
+        return from_wire(meta.dtype, meta.shape, data, as_torch=self.as_torch)
 
 
 def forward_call(
@@ -74,12 +80,16 @@ def forward_call(
     version: str,
     priority: int,
     streamed: bool | None,
+    into: Mapping[str, Any] | None = None,
+    regions: Regions | None = None,
 ) -> ForwardCall:
-    """Raises InvalidInputError for inputs that are no tensors."""
+    """Raises InvalidInputError for inputs that are no tensors, and for ``into`` outside ``regions``."""
     if isinstance(outputs, str):
         raise InvalidInputError(f"outputs is the string {outputs!r}; give a list of output names", request_id)
     try:
-        tensors, any_torch = to_wire(inputs)
+        regions = regions or Regions({})
+        tensors, any_torch = to_wire(inputs, regions.find)
+        targets = dict(regions.targets(into or {}))
     except InvalidInputError as error:
         error.request_id = request_id
         raise
@@ -87,10 +97,12 @@ def forward_call(
         head = pb.ForwardRequest(
             model=model, version=str(version), outputs=outputs or (), request_id=request_id, priority=priority
         )
+        for name, ref in targets.items():
+            head.output_regions[name].CopyFrom(ref)
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"not a forward request: {error}", request_id) from None
     size = sum(tensor.data.nbytes for tensor in tensors)
-    return ForwardCall(head, tensors, any_torch, size > STREAM_ABOVE if streamed is None else streamed)
+    return ForwardCall(head, tensors, any_torch, size > STREAM_ABOVE if streamed is None else streamed, regions)
 
 
 def load_options(

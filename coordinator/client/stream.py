@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from coordinator.client import wire
-from coordinator.client.arrays import WireTensor, byte_size, from_wire
+from coordinator.client.arrays import WireTensor, byte_size
 from coordinator.client.calls import ForwardCall
 from coordinator.client.errors import RequestError
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
@@ -27,7 +27,9 @@ def requests(call: ForwardCall, chunk_bytes: int | None = None) -> Iterator[byte
     pieces: list[WireTensor] = []
     for tensor in call.tensors:
         sent = begin.inputs.add(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape)  # type: ignore[arg-type]
-        if tensor.data.nbytes > chunk_bytes:
+        if tensor.shared is not None:
+            sent.shared_memory.CopyFrom(tensor.shared)
+        elif tensor.data.nbytes > chunk_bytes:
             pieces.append(tensor)
         else:
             sent.data = bytes(tensor.data)
@@ -66,14 +68,16 @@ class Assembler:
         for name, buffer in self._buffers.items():
             if self._received[name] != len(buffer):
                 raise self._internal(f"output {name!r} came with {self._received[name]} of {len(buffer)} bytes")
-        return {
-            name: from_wire(meta.dtype, meta.shape, self._buffers[name], as_torch=self._call.as_torch)
-            for name, meta in self._metas.items()
-        }
+        return {name: self._call.output(meta, self._buffers[name]) for name, meta in self._metas.items()}
 
     def _expect(self, output: tensor_pb2.Tensor) -> None:
         name = output.name
-        if output.WhichOneof("content") == "data":
+        content = output.WhichOneof("content")
+        if content == "shared_memory":
+            self._metas[name] = output
+            self._buffers[name], self._received[name] = bytearray(), 0
+            return
+        if content == "data":
             self._buffers[name] = bytearray(output.data)
             self._received[name] = len(output.data)
         else:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
+import numpy.typing as npt
 from google.protobuf.message import Message
 
 from coordinator.client import calls, stream
 from coordinator.client.calls import Json
 from coordinator.client.connection import Connection, Options, TlsSetting, new_request_id
 from coordinator.client.errors import RequestError, from_rpc
+from coordinator.client.memory import DEFAULT_PREFIX, Regions, SharedRegion, allow_registered, forgotten
 from coordinator.retry import Attempts, RetryPolicy
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 
@@ -58,6 +61,7 @@ class Client:
             self._channel = grpc.insecure_channel(connection.target, connection.options)
         else:
             self._channel = grpc.secure_channel(connection.target, connection.credentials, connection.options)
+        self._regions = Regions({})
         self._forward: Any = self._channel.unary_unary(calls.FORWARD)
         self._forward_stream: Any = self._channel.stream_stream(
             calls.FORWARD_STREAM, response_deserializer=pb.ForwardStreamResponse.FromString
@@ -115,14 +119,28 @@ class Client:
         version: str = "",
         priority: int = 0,
         streamed: bool | None = None,
+        into: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> dict[str, Any]:
         """Runs the model ``name`` on ``inputs``; returns its outputs (those named in ``outputs``; None: all) by name.
 
         Inputs are numpy arrays, or torch tensors; outputs are torch tensors if an input was one. numpy outputs are
         views of the received message: read-only, copy one to change it. ``streamed`` sends tensors in pieces; None:
-        where the inputs are beyond 1 GiB. Set it for outputs beyond 2 GiB.
+        where the inputs are beyond 1 GiB. Set it for outputs beyond 2 GiB. ``into`` puts
+        outputs into arrays of a `shared_memory` region; inputs that lie in one are sent by reference.
         """
-        call = calls.forward_call(name, inputs, outputs, new_request_id(request_id), version, priority, streamed)
+        call = calls.forward_call(
+            name, inputs, outputs, new_request_id(request_id), version, priority, streamed, into, self._regions
+        )
+        try:
+            return self._forward_once_registered(call, timeout)
+        except RequestError as error:
+            if not forgotten(error):
+                raise
+        for region in self._regions.open.values():
+            self._register(region)
+        return self._forward_once_registered(call, timeout)
+
+    def _forward_once_registered(self, call: calls.ForwardCall, timeout: float | None) -> dict[str, Any]:
         if call.streamed:
             return self._retry(lambda *how: self._stream_once(call, *how), timeout, call.request_id)
         payload = call.encode()
@@ -156,6 +174,31 @@ class Client:
             path=str(path), options=calls.load_options(**options), ranks=ranks, device_memory=device_memory
         )
         return calls.plan_answer(self._unary(calls.PLAN, request, pb.PlanResponse, timeout))
+
+    @contextlib.contextmanager
+    def shared_memory(self, byte_size: int, prefix: str = DEFAULT_PREFIX) -> Iterator[SharedRegion]:
+        """Memory shared with a coordinator on this host, whose ``--enable-shared-memory`` is ``prefix`` or begins it.
+
+        >>> with client.shared_memory(1 << 20) as region:  # doctest: +SKIP
+        ...     x, y = region.array((2, 3), np.float32), region.array((2, 3), np.float32)
+        ...     x[:] = 1
+        ...     client.forward("double", {"x": x}, into={"output": y})
+        """
+        region = SharedRegion(byte_size, prefix)
+        try:
+            self._register(region)
+            self._regions.open[region.name] = region
+            yield region
+        finally:
+            if self._regions.open.pop(region.name, None) is not None:
+                with contextlib.suppress(RequestError):  # it may be gone, and its registrations with it
+                    request = pb.UnregisterSharedMemoryRequest(name=region.name)
+                    self._unary(calls.UNREGISTER, request, pb.UnregisterSharedMemoryResponse, 5.0)
+            region.close()
+
+    def _register(self, region: SharedRegion) -> None:
+        with allow_registered():
+            self._unary(calls.REGISTER, region.registration(), pb.RegisterSharedMemoryResponse, None)
 
     def close(self) -> None:
         self._channel.close()

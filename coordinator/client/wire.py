@@ -38,12 +38,16 @@ def length_field(number: int, size: int) -> bytes:
 
 
 def encode_forward(head: pb.ForwardRequest, tensors: list[WireTensor]) -> bytes:
-    """The encoding of ``head`` with ``tensors`` as its inputs; copies each tensor's bytes once."""
+    """The encoding of ``head`` with ``tensors`` as its inputs; copies each tensor's bytes once, or not at all."""
     parts: list[bytes | memoryview] = [head.SerializeToString()]
     for tensor in tensors:
         meta = tensor_pb2.Tensor(
             name=tensor.name, dtype=cast(tensor_pb2.DataType, tensor.dtype), shape=tensor.shape
         ).SerializeToString()
+        if tensor.shared is not None:
+            meta += tensor_pb2.Tensor(shared_memory=tensor.shared).SerializeToString()
+            parts += (length_field(_INPUTS, len(meta)), meta)
+            continue
         data = length_field(_DATA, tensor.data.nbytes)
         parts += (length_field(_INPUTS, len(meta) + len(data) + tensor.data.nbytes), meta, data, tensor.data)
     return b"".join(parts)

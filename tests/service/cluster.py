@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ FACTORIES = ("tests.service.shard_models:mlp", "tests.service.shard_models:moody
 
 @contextlib.contextmanager
 def cluster(
-    *arguments: str, log: Path, ranks: int = 2, factories: tuple[str, ...] = FACTORIES
+    *arguments: str,
+    log: Path,
+    ranks: int = 2,
+    factories: tuple[str, ...] = FACTORIES,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[LocalCluster]:
     """A cluster of CPU ranks whose logs go to ``log``; what is allowed to be loaded are ``factories``."""
     allowed = [flag for factory in factories for flag in ("--allow-factory", factory)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(variables or {})
     with log.open("ab") as stream:
         running = LocalCluster(
             "--ranks", str(ranks), "--device", "cpu", *allowed, *arguments, stderr=stream, environment=environment

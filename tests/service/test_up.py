@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -17,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from coordinator.client import Client, RequestError
+from coordinator.client import AsyncClient, Client, RequestError
 from coordinator.supervisor.local import LocalCluster
 from tests.service.cluster import FACTORIES, ROOT, cluster, events, until
 
@@ -35,7 +36,8 @@ def log(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(log):
-    with cluster("--load", f"mlp={FACTORIES[0]}", log=log) as found:
+    allow = {"COORDINATOR_ENABLE_SHARED_MEMORY": "tensor_parallel_"}
+    with cluster("--load", f"mlp={FACTORIES[0]}", log=log, variables=allow) as found:
         yield found
 
 
@@ -88,6 +90,40 @@ def test_every_element_type_comes_back_bit_for_bit(client, dtype):
     assert out["same"].tobytes() == x.tobytes()
     assert out["twice"].tobytes() == x.tobytes() * 2
     client.unload(name)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_shared_memory_in_and_out(client, expected, streamed):
+    with client.shared_memory(4096) as region:
+        x, y = region.array(X.shape, X.dtype), region.array(X.shape, np.float32)
+        x[:] = X
+        out = client.forward("mlp", {"x": x}, into={"output": y}, streamed=streamed)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+        assert np.shares_memory(out["output"], y)
+        with pytest.raises(RequestError, match="no array of an open shared region"):
+            client.forward("mlp", {"x": x}, into={"output": X})
+        with pytest.raises(RequestError, match="left in the region"):
+            region.array((4096,), np.int8)
+        key = Path("/dev/shm") / region.key
+        assert key.stat().st_mode & 0o777 == 0o600
+        del out
+    assert not key.exists()
+
+
+def test_shared_memory_for_asyncio(running, expected):
+    async def run():
+        async with AsyncClient(running.target) as client, client.shared_memory(4096) as region:
+            x = region.array(X.shape, X.dtype)
+            x[:] = X
+            return await client.forward("mlp", {"x": x})
+
+    np.testing.assert_allclose(asyncio.run(run())["output"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_memory_outside_the_allowed_names_is_refused(client):
+    with pytest.raises(RequestError) as caught, client.shared_memory(64, prefix="elsewhere_"):
+        pass
+    assert caught.value.code().name == "PERMISSION_DENIED"
 
 
 def test_torch_goes_in_and_comes_out(client, expected):
@@ -181,8 +217,13 @@ def test_a_killed_coordinator_comes_back_on_its_port_without_a_reload(running, c
     load = Load(running.target, retries=True)
     load.start()
     until(lambda: load.outputs, "the first answer")
-    os.kill(before["coordinator"]["pid"], signal.SIGKILL)
-    until(lambda: serving(client)["coordinator"]["pid"] != before["coordinator"]["pid"], "the new one serves")
+    with client.shared_memory(4096) as region:
+        x = region.array(X.shape, X.dtype)
+        x[:] = X
+        os.kill(before["coordinator"]["pid"], signal.SIGKILL)
+        until(lambda: serving(client)["coordinator"]["pid"] != before["coordinator"]["pid"], "the new one serves")
+        # It knows nothing of regions registered with the old one; the client tells it again.
+        np.testing.assert_allclose(client.forward("mlp", {"x": x})["output"], expected, rtol=1e-5, atol=1e-6)
     load.finish()
     assert load.errors == []
     after = serving(client)
