@@ -97,6 +97,16 @@ class Fleet:
             raise self.unavailable()
         return generation
 
+    async def await_ready(self, seconds: float) -> Generation:
+        """The generation, once there is one. Raises Unavailable after ``seconds``."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.generation is None:
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0 or self.state in (STANDBY, DRAINING):
+                break
+            await self.changed.wait(left)
+        return self.ready()
+
     def unavailable(self) -> Unavailable:
         return Unavailable(f"not serving ({self.state}): {self.why()}", retry_after_ms=RETRY_MS)
 

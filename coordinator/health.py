@@ -13,7 +13,8 @@ from coordinator.rank import Rank
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 
 COORDINATOR = "coordinator"
-STALE = 1.5  # seconds: heartbeats and idle collectives older than this (and their own interval) prove nothing
+STALE = 1.5  # seconds: a heartbeat older than this and its interval proves nothing
+SLOW_PROBE = 0.75  # seconds: a collective of one element that takes longer is not going to be one
 
 
 class HealthView:
@@ -57,10 +58,10 @@ class HealthView:
             if now - rank.seen > stale:
                 return f"rank {rank.index} has not answered for {now - rank.seen:.1f} s"
         waiting = generation.waiting()
-        limit = STALE + self._config.probe_interval
+        limit = SLOW_PROBE + self._config.probe_interval
         if waiting is None and now - generation.last_completed > limit:
             return f"no collective has run for {now - generation.last_completed:.1f} s"
-        if waiting is not None and waiting[1] == "health probe" and waiting[0] > STALE:
+        if waiting is not None and waiting[1] == "health probe" and waiting[0] > SLOW_PROBE:
             ranks = ", ".join(map(str, waiting[2]))
             return f"rank {ranks} has not finished the {waiting[1]} for {waiting[0]:.1f} s"
         return ""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
+import grpc
+
 from coordinator.catalog import HELD, Catalog, Digests, ModelVersion, disagreement, held
 from coordinator.commands import Activate, Unload
 from coordinator.config import Config
@@ -17,7 +19,7 @@ from coordinator.desired import DesiredState
 from coordinator.errors import FailedPrecondition, InvalidArgument, NotFound, ServiceError, Unavailable
 from coordinator.fleet import Fleet
 from coordinator.formation import gather
-from coordinator.generation import Generation
+from coordinator.generation import RETRY_MS, Generation
 from coordinator.joining import prove
 from coordinator.logging import bound, get_logger
 from coordinator.metrics import Metrics
@@ -25,6 +27,7 @@ from coordinator.rank_loads import RankLoads, forget
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import shard_pb2
 
+ACTIVATE_PATIENCE = 60.0  # seconds that what has been loaded waits for a generation to serve in
 PROGRESS_INTERVAL = 0.1  # seconds between messages of a load at most
 RESTORE_RETRY_FIRST, RESTORE_RETRY_MOST = 0.2, 10.0
 MAX_NAME = 256
@@ -144,11 +147,27 @@ class Loader:
         entry.adopt([loaded[rank] for rank in sorted(loaded)], self._config)
 
     async def _activate(self, entry: ModelVersion, report: _Report | None = None) -> Generation:
-        generation = self._fleet.ready()
-        if report is not None:
-            report.committed = True
-        await generation.dispatch(Activate(entry.name, entry.version))
-        return generation
+        """What is loaded outlives a generation, so the flip waits for the next one if it must."""
+        while True:
+            generation = await self._fleet.await_ready(ACTIVATE_PATIENCE)
+            for rank, status in zip(self._fleet.ranks, await self._statuses(), strict=True):
+                if held(status, entry.name, entry.version) is None:
+                    raise Unavailable(f"rank {rank.index} lost what it had loaded", retry_after_ms=RETRY_MS)
+            if report is not None:
+                report.committed = True
+            try:
+                await generation.dispatch(Activate(entry.name, entry.version))
+                return generation
+            except Unavailable:
+                if generation.alive:
+                    raise
+
+    async def _statuses(self) -> list[shard_pb2.StatusResponse]:
+        """Of every rank, now. Raises Unavailable."""
+        try:
+            return await gather([rank.ask_status(self._lease()) for rank in self._fleet.ranks])
+        except grpc.RpcError as error:
+            raise Unavailable(f"a rank does not answer: {error.details()}", retry_after_ms=RETRY_MS) from None
 
     async def _flip(self, entry: ModelVersion, generation: Generation) -> None:
         previous = self._catalog.current.get(entry.name)
@@ -279,7 +298,7 @@ class Loader:
             return
 
     async def _restore_once(self, entry: ModelVersion) -> None:
-        statuses = await gather([rank.ask_status(self._lease()) for rank in self._fleet.ranks])
+        statuses = await self._statuses()
         loaded = {
             rank: model for rank, status in enumerate(statuses) if (model := held(status, entry.name, entry.version))
         }
