@@ -40,12 +40,20 @@ class Channel(Protocol):
         """
         ...
 
-    def reply(self, response: Response, outputs: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Answer the command just received. ``outputs`` (on the CPU, contiguous) go with an ``execute`` result."""
+    def outputs(self, execute: shard_pb2.ExecuteModel, response: Response, values: Mapping[str, torch.Tensor]) -> None:
+        """Copy ``values``, wherever they live, to where the caller will find them, and say so in ``response``."""
+        ...
+
+    def reply(self, response: Response) -> None:
+        """Answer the command just received."""
         ...
 
     def close(self, reason: str) -> None:
         """Say ``Broken(reason)`` if the other side still listens, and end. Idempotent, from any thread."""
+        ...
+
+    def release(self) -> None:
+        """Free what the channel holds. Called by the executor, after its last use of it."""
         ...
 
     @property
@@ -127,8 +135,8 @@ class StreamChannel:
             raise InvalidRequest(f"parts came of {', '.join(map(repr, parts))}, which the command does not name")
         return values
 
-    def reply(self, response: Response, outputs: Mapping[str, torch.Tensor] | None = None) -> None:
-        for name, value in (outputs or {}).items():
+    def outputs(self, execute: shard_pb2.ExecuteModel, response: Response, values: Mapping[str, torch.Tensor]) -> None:
+        for name, value in zip(values, tensors.to_host(list(values.values())), strict=True):
             tensor = tensors.describe(name, value)
             data = tensors.raw(value)
             if len(data) <= PART_BYTES:
@@ -136,7 +144,12 @@ class StreamChannel:
             else:
                 self._send_parts(response, name, data)
             response.execute.outputs.append(tensor)
+
+    def reply(self, response: Response) -> None:
         self._answers.put(response)
+
+    def release(self) -> None:
+        pass
 
     def _send_parts(self, response: Response, name: str, data: memoryview) -> None:
         for offset in range(0, len(data), PART_BYTES):

@@ -19,7 +19,6 @@ import grpc
 import torch
 
 from protos.tensor_parallel.v1 import shard_pb2
-from shardd import tensors
 from shardd.channel import Channel, Request, Response
 from shardd.errors import EXIT_STUCK, InvalidRequest, ModelError, Verdict, judge, known
 from shardd.generation import Generations
@@ -105,6 +104,7 @@ class Engine:
         reason = session.reason or reason
         self._generations.broken(session, reason)
         session.end(reason)
+        channel.release()
         session.release()
         if not self._device_works():
             self._log.critical("device_failed", generation=session.generation, reason=reason)
@@ -163,16 +163,19 @@ class Engine:
         before = self._group.stats.seconds
         inputs = channel.inputs(execute)
         model.served.validate(inputs)
+        if model.writes_inputs:
+            inputs = {name: value.clone() for name, value in inputs.items()}
         ready = time.perf_counter()
         outputs = self._forward(model.served.run, inputs)
         done = time.perf_counter()
         names = model.sent(execute.outputs, outputs)
-        hosts = tensors.to_host([outputs[name] for name in names])
         result = response.execute
+        result.SetInParent()
+        channel.outputs(execute, response, {name: outputs[name] for name in names})
         result.forward_seconds = done - ready
         result.collective_seconds = self._group.stats.seconds - before
         result.copy_seconds = (ready - start) + (time.perf_counter() - done)
-        channel.reply(response, dict(zip(names, hosts, strict=True)))
+        channel.reply(response)
         self._metrics.forward(model.metrics, result)
         self._log.info(
             "forward",
@@ -189,7 +192,10 @@ class Engine:
         inputs: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         try:
-            return run(inputs)
+            outputs = run(inputs)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # errors of this forward show now, and so does its time
+            return outputs
         except Exception as error:
             if known(error):
                 raise

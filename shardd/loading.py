@@ -28,14 +28,13 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What a reader made of a request: the model, what it wants said about it, and which outputs this rank sends
-    (see :class:`~shardd.models.Model`).
-    """
+    """What a reader made of a request; see :class:`~shardd.models.Model`."""
 
     served: Served
     description: shard_pb2.LoadedModel
     outputs: dict[str, bool]
     first: bool
+    writes_inputs: bool
     warnings: list[str]
 
 
@@ -199,6 +198,7 @@ class Loader:
             description=weights.description,
             metrics=self._metrics.model(request.name),
             first=weights.first,
+            writes_inputs=weights.writes_inputs,
         )
 
     def _judge(self, request: shard_pb2.ShardLoadRequest, error: Exception) -> Verdict:

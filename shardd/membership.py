@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from shardd.channel import Channel, StreamChannel
 from shardd.engine import Engine
 from shardd.errors import EXIT_STUCK, InvalidRequest, judge
 from shardd.generation import Generations
+from shardd.local_channel import LocalDoor
 from shardd.logging import Logger
 from shardd.models import Models
 from shardd.session import Session
@@ -145,10 +147,22 @@ class Membership:
         self.open(generation, owner, channel)
         return channel
 
-    def open(self, generation: int, owner: str, channel: Channel) -> None:
-        """Make ``channel`` the ordered channel of the running generation and let the executor serve it."""
+    def open_local(self, generation: int, owner: str) -> shard_pb2.OpenLocalChannelResponse:
+        """Where to connect for the running generation's channel over a Unix socket; opened when that happens."""
+        self._generations.running(generation, owner)
+        door = LocalDoor(
+            generation,
+            lambda channel, opened: self.open(generation, owner, channel, opened),
+            pinned=self._device.type == "cuda",
+            log=self._log,
+        )
+        return door.announce()
+
+    def open(self, generation: int, owner: str, channel: Channel, opened: Callable[[], None] = lambda: None) -> None:
+        """Make ``channel`` the running generation's, call ``opened``, and let the executor serve it."""
         session = self._generations.running(generation, owner)
         session.attach(channel)
+        opened()
         self._engine.serve(session, channel)
 
     def leave(self, reason: str, seconds: float) -> None:

@@ -44,7 +44,8 @@ class Model:
     """One loaded version.
 
     ``outputs`` maps every output's name to whether this rank sends its (part of) it. It is empty for a model whose
-    outputs show only when it runs: they are whole on every rank then, and the ``first`` rank sends them.
+    outputs show only when it runs: they are whole on every rank then, and the ``first`` rank sends them. Such a model's
+    own code runs, and may write to its inputs (``writes_inputs``), which other ranks may be reading.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Model:
     description: shard_pb2.LoadedModel
     metrics: ModelMetrics
     first: bool
+    writes_inputs: bool
     state: State = State.LOADED
 
     def check_wanted(self, wanted: Sequence[str]) -> None:

@@ -68,7 +68,14 @@ class Reader:
         warnings = _warnings(served)
         rank = self._group.rank
         sent = {output.name: is_sharded(output) or rank == 0 for output in served.outputs}
-        return LoadedWeights(served, describe_model(request, served, rank, warnings), sent, rank == 0, warnings)
+        return LoadedWeights(
+            served=served,
+            description=describe_model(request, served, rank, warnings),
+            outputs=sent,
+            first=rank == 0,
+            writes_inputs=served.plan.mode != "graph",
+            warnings=warnings,
+        )
 
     def plan(self, request: coordinator_pb2.PlanRequest) -> coordinator_pb2.PlanResponse:
         """What sharding the model would cost, from its description alone."""

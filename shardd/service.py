@@ -116,6 +116,12 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         yield from channel.answers()
 
     @_answers
+    def OpenLocalChannel(
+        self, request: shard_pb2.OpenLocalChannelRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.OpenLocalChannelResponse:
+        return self._ready(context).membership.open_local(request.generation, request.owner)
+
+    @_answers
     def Plan(self, request: coordinator_pb2.PlanRequest, context: grpc.ServicerContext) -> coordinator_pb2.PlanResponse:
         return self._ready(context).plan(request)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import mmap
+import os
 import queue
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -58,6 +62,57 @@ class StreamChannel:
             self._in.put(None)
         except grpc.RpcError as error:
             self._in.put(error)
+
+
+class LocalChannel:
+    """The same over the daemon's Unix socket: inputs in one memfd for all ranks, outputs in one for each."""
+
+    def __init__(self, rank: Rank, generation: int, inputs: int, size: int = 1 << 20) -> None:
+        request = shard_pb2.OpenLocalChannelRequest(generation=generation, owner=rank.owner)
+        opened = rank.stub.OpenLocalChannel(request, timeout=SECONDS)
+        self.generation = generation
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(SECONDS)
+        self.socket.connect("\0" + opened.socket_path[1:])
+        outputs = sealed_memory(size)
+        self.outputs = mmap.mmap(outputs, size)
+        socket.send_fds(self.socket, [opened.token.encode()], [inputs, outputs])
+        os.close(outputs)
+        answer = self.receive()
+        assert answer.HasField("done"), answer
+
+    def send(self, seq: int, generation: int | None = None, **command) -> None:
+        number = self.generation if generation is None else generation
+        self.socket.send(shard_pb2.ChannelRequest(generation=number, seq=seq, **command).SerializeToString())
+
+    def receive(self) -> shard_pb2.ChannelResponse | None:
+        data, descriptors, *_ = socket.recv_fds(self.socket, 1 << 20, 4)
+        self.attached = descriptors
+        return shard_pb2.ChannelResponse.FromString(data) if data else None
+
+    def array(self, response: shard_pb2.ChannelResponse, index: int = 0) -> np.ndarray:
+        """A copy of an output, from wherever it is."""
+        tensor = response.execute.outputs[index]
+        if not response.execute.arena_outputs:
+            return array(tensor)
+        ref = response.execute.arena_outputs[index]
+        memory = self.outputs
+        if ref.segment == 0xFFFFFFFF:
+            memory = mmap.mmap(self.attached[0], 0)
+            os.close(self.attached[0])
+        return array(tensor, memory[ref.offset : ref.offset + ref.byte_size])
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def sealed_memory(size: int, seals: int = 2) -> int:
+    """A memfd of ``size`` bytes, sealed against shrinking."""
+    descriptor = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, size)
+    if seals:
+        fcntl.fcntl(descriptor, 1033, seals)
+    return descriptor
 
 
 class Rank:
@@ -146,6 +201,11 @@ class Ranks:
 
     def form(self) -> list[str]:
         """Fence and join the next generation with every model that is loaded everywhere, and open the channels."""
+        backends = self.form_without_channels()
+        self.channels = self.all(lambda rank: rank.open(self.generation))
+        return backends
+
+    def form_without_channels(self) -> list[str]:
         states = self.all(Rank.status)
         self.generation = max(state.highest_generation for state in states) + 1
         fenced = self.all(lambda rank: rank.fence(self.generation))
@@ -161,7 +221,6 @@ class Ranks:
         names = set.intersection(*({(m.name, m.version) for m in each} for each in models))
         common = [model for model in models[0] if (model.name, model.version) in names]
         joined = self.all(lambda rank: rank.join(self.generation, store, common))
-        self.channels = self.all(lambda rank: rank.open(self.generation))
         self.seq = 0
         return [response.backend for response in joined]
 
@@ -172,8 +231,8 @@ class Ranks:
             channel.send(seq, **command)
         return seq
 
-    def receive(self, seconds: float = SECONDS) -> list:
-        return [channel.receive(seconds) for channel in self.channels]
+    def receive(self) -> list:
+        return [channel.receive() for channel in self.channels]
 
     def run(self, **command) -> list:
         self.send(**command)
