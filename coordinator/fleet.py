@@ -176,7 +176,7 @@ class Fleet:
 
     async def _form(self) -> Generation:
         """One attempt, given up as soon as a rank is lost: whoever waits for that rank need not wait longer."""
-        formation = Formation(self.ranks, self._config, self.owner, self.reason)
+        formation = Formation(self.ranks, self._config, self.owner, self.reason, self.number)
         task = asyncio.create_task(formation.run(self._catalog, self._on_status))
         try:
             while not task.done():

@@ -41,12 +41,17 @@ class Superseded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Formation:
-    """One attempt. ``owner`` is this coordinator's identity, ``reason`` what made the attempt necessary."""
+    """One attempt. ``owner`` is this coordinator's identity, ``reason`` what made the attempt necessary.
+
+    The generation is numbered above ``last``, this coordinator's last one, and above every one that a rank has seen: if
+    all ranks were replaced at once, none of them remembers any.
+    """
 
     ranks: Sequence[Rank]
     config: Config
     owner: str
     reason: str
+    last: int
 
     @property
     def lease(self) -> pb.Lease:
@@ -58,7 +63,8 @@ class Formation:
         self._check(statuses)
         on_status(statuses)
         models = [entry for entry in catalog.current.values() if self._takes_part(entry, statuses)]
-        number = await self._fence(1 + max(max(s.highest_generation, s.generation) for s in statuses))
+        seen = [max(status.highest_generation, status.generation) for status in statuses]
+        number = await self._fence(1 + max(self.last, *seen))
         await self._join(number, statuses, models)
         generation = Generation(number, len(self.ranks), self._heard)
         try:
