@@ -6,7 +6,7 @@ kind         module                          for
 ``"gloo"``   :mod:`.gloo`                    CPU ranks on any number of hosts, over TCP
 ``"shm"``    :mod:`.shm`                     CPU ranks on one host, through shared memory
 ``"nccl"``   :mod:`.nccl`                    one NVIDIA GPU per rank
-``"auto"``                                   ``nccl`` on CUDA; on CPU ``shm`` when all ranks share a host, else ``gloo``
+``"auto"``                                   ``nccl`` on CUDA; on CPU ``shm`` (compiled, one host), else ``gloo``
 ===========  ==============================  =======================================================================
 """
 

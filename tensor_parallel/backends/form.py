@@ -10,8 +10,8 @@ from torch._C._distributed_c10d import Store
 from tensor_parallel.backends.gloo import GlooBackend
 from tensor_parallel.backends.nccl import NcclBackend
 from tensor_parallel.backends.shm import ShmBackend, this_host
-from tensor_parallel.backends.shm_handshake import exchange_hosts
-from tensor_parallel.backends.shm_library import MAX_RANKS
+from tensor_parallel.backends.shm_handshake import Host, exchange_hosts
+from tensor_parallel.backends.shm_library import MAX_RANKS, load_library
 from tensor_parallel.errors import ConfigError, PeerLost
 from tensor_parallel.group import Backend
 from tensor_parallel.partition import check_rank
@@ -75,7 +75,8 @@ def _connect(
     if kind == "shm":
         return ShmBackend(store, rank, world_size, timeout, prefix=segment_prefix)
     if kind == "auto":
-        hosts = exchange_hosts(store, this_host(), rank, world_size, timeout)
+        here = this_host() if load_library() is not None else Host.nowhere()
+        hosts = exchange_hosts(store, here, rank, world_size, timeout)
         if len({one.identity for one in hosts}) == 1 and world_size <= MAX_RANKS:
             return ShmBackend(store, rank, world_size, timeout, hosts, segment_prefix)
     return GlooBackend(store, rank, world_size, timeout, host)

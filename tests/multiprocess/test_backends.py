@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tensor_parallel.backends import shm
+from tensor_parallel.backends import form, shm
 from tensor_parallel.backends.shm_library import load_library
 from tensor_parallel.backends.shm_pure import usable
 from tensor_parallel.errors import CollectiveMismatch, ConfigError
@@ -158,13 +158,13 @@ def automatic(place: Place) -> str:
 
 
 def automatic_when_one_rank_shares_no_memory(place: Place) -> str:
-    original = shm.available_library
+    original = form.load_library
     if place.rank == 1:
-        shm.available_library = lambda: None
+        form.load_library = lambda: None
     try:
         backend = place.form("auto", "mixed")
     finally:
-        shm.available_library = original
+        form.load_library = original
     backend.close()
     return backend.name
 
