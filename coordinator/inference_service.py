@@ -144,10 +144,7 @@ class InferenceService:
     async def _forward(self, decoded: inference_codec.Decoded, call: Call, method: str) -> InferResult:
         if decoded.timeout is not None:
             decoded.request.deadline = asyncio.get_running_loop().time() + decoded.timeout
-        try:
-            return await requests.run(self._core, self._tracing, decoded.request, call, method)
-        except FailedPrecondition as error:
-            raise Unavailable(error.message) from error
+        return await requests.run(self._core, self._tracing, decoded.request, call, method, unready=True)
 
     # ---- health and metadata
 

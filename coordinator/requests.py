@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from coordinator.errors import describe
+from coordinator.errors import FailedPrecondition, Unavailable, describe
 from coordinator.logging import get_logger
 from coordinator.rpc import Call
 from coordinator.tracing import Tracing
@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from coordinator.core import Core
 
 
-async def run(core: Core, tracing: Tracing, request: InferRequest, call: Call, method: str) -> InferResult:
-    """``request`` takes id and trace from ``call``, and its deadline unless its own is sooner. Raises ServiceError."""
+async def run(
+    core: Core, tracing: Tracing, request: InferRequest, call: Call, method: str, *, unready: bool = False
+) -> InferResult:
+    """``request`` takes id and trace from ``call``, and its deadline unless its own is sooner. Raises ServiceError.
+
+    ``unready``: a model that is known but not loaded is UNAVAILABLE, as the Open Inference Protocol's clients expect,
+    and not FAILED_PRECONDITION.
+    """
     request.request_id, request.trace_context = call.request_id, call.trace_context
     if call.deadline is not None:
         request.deadline = call.deadline if request.deadline is None else min(call.deadline, request.deadline)
@@ -29,6 +35,8 @@ async def run(core: Core, tracing: Tracing, request: InferRequest, call: Call, m
         return result
     except Exception as error:
         shown = describe(error, call.request_id)
+        if unready and isinstance(shown, FailedPrecondition):
+            shown = Unavailable(shown.message)
         code = shown.code.name
         get_logger().warning("forward_failed", model=request.model, request_id=call.request_id, error=shown.message)
         raise shown from None

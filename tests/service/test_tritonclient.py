@@ -48,6 +48,8 @@ def test_a_model_that_is_not_loaded_yet_is_unavailable(env, server):
         with fails("UNAVAILABLE"):
             env.client.infer("simple", pair())
         assert env.client.is_model_ready("simple") is False
+        counted = server.core.metrics.requests.labels("unknown", "UNAVAILABLE")._value.get()
+        assert counted == 1, "the metrics say what the client was told"
     finally:
         info.serving = True
 

@@ -6,6 +6,7 @@ touched; the metrics that the dashboard shows are there.
 
 import contextlib
 import json
+import subprocess
 import threading
 import urllib.request
 
@@ -22,6 +23,8 @@ from protos.tensor_parallel.v1 import tensor_pb2
 from tests.service.clusters import Cluster
 from tests.service.conformance import CHECKS, NUMPY, Env, fails, pair, random_bits, tensor
 from tests.service.daemons import wait_for
+from tests.service.test_inference_kserve import PYTHON as KSERVE
+from tests.service.test_inference_kserve import SCRIPT as KSERVE_CHECKS
 from tests.unit.test_metrics_monitoring import LABELS
 
 FACTORIES = "tests.service.inference_models"
@@ -174,6 +177,13 @@ def test_reflection_lists_what_is_served(cluster):
         assert curl.call("tensor_parallel.v1.Coordinator", "Health", {})["serving"] is True
     finally:
         curl.channel.close()
+
+
+@pytest.mark.skipif(KSERVE is None, reason="kserve is not installed; KSERVE_PYTHON can name a Python that has it")
+def test_kserve_client(cluster):
+    command = [KSERVE, str(KSERVE_CHECKS), cluster.coordinator.address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_lost_rank_is_unavailable_with_a_retry_hint_and_comes_back(cluster, env):
