@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import os
@@ -46,10 +47,10 @@ def logs(context: click.Context, /, files: tuple[Path, ...], follow: bool, **fil
         if wanted(entry):
             click.echo(show(entry))
     if follow and not piped:
-        for entry in followed(paths):
-            if wanted(entry):
-                click.echo(show(entry))
-                sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            for entry in followed(paths):
+                if wanted(entry):
+                    click.echo(show(entry))
 
 
 logs = shared(logs, only=("--json",))

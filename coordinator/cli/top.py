@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import urllib.request
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from coordinator.cli.health import render
 from coordinator.cli.settings import option, settings_of, shared
 from coordinator.cli.show import console, print_json
+
+if TYPE_CHECKING:
+    from coordinator.client import Client
 
 _COUNTERS = ("coordinator_requests_total", "coordinator_received_bytes_total", "coordinator_sent_bytes_total")
 
@@ -23,9 +27,6 @@ _COUNTERS = ("coordinator_requests_total", "coordinator_received_bytes_total", "
 @click.pass_context
 def top(context: click.Context, /, interval: float, metrics: str, once: bool) -> None:
     """Shows the cluster until Ctrl-C. A coordinator that does not answer is shown as such, and asked again."""
-    from rich.console import Group
-    from rich.live import Live
-
     settings = settings_of(context)
     with settings.client() as client:
         if once or settings.json:
@@ -33,26 +34,33 @@ def top(context: click.Context, /, interval: float, metrics: str, once: bool) ->
             if settings.json:
                 print_json(found)
             else:
-                console().print(view(found, None, 0))
+                console().print(view(found, None))
             return
-        out, before, then = console(), None, 0.0
-        with Live(console=out, screen=out.is_terminal, auto_refresh=False) as live:
-            while True:
-                now, counters = time.monotonic(), scrape(metrics)
-                try:
-                    shown = view(client.health(timeout=2), rates(before, counters, now - then), now)
-                except Exception as error:
-                    from coordinator.client import RequestError
-
-                    if not isinstance(error, RequestError):
-                        raise
-                    shown = Group(f"[red]{settings.address} does not answer[/red]: {error.details()}")
-                live.update(shown, refresh=True)
-                before, then = counters, now
-                time.sleep(interval)
+        with contextlib.suppress(KeyboardInterrupt):
+            watch(client, interval, metrics)
 
 
-def view(found: dict[str, Any], rate: dict[str, float] | None, _now: float) -> Any:
+def watch(client: Client, interval: float, metrics: str) -> None:
+    """Looks for ever; Ctrl-C ends it."""
+    from rich.live import Live
+
+    from coordinator.client import RequestError
+
+    out, before, then = console(), None, 0.0
+    with Live(console=out, screen=out.is_terminal, auto_refresh=False) as live:
+        while True:
+            now, counters = time.monotonic(), scrape(metrics)
+            try:
+                live.update(view(client.health(timeout=2), rates(before, counters, now - then)), refresh=True)
+            except RequestError as error:
+                live.update(f"[red]{client.target} does not answer[/red]: {error.details()}", refresh=True)
+            before, then = counters, now
+            if not out.is_terminal:
+                out.print(live.renderable)  # rich shows nothing but the last state in a pipe
+            time.sleep(interval)
+
+
+def view(found: dict[str, Any], rate: dict[str, float] | None) -> Any:
     from rich.console import Group
 
     coordinator = found["coordinator"] or {}

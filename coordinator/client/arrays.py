@@ -6,6 +6,7 @@ has one.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -125,6 +126,7 @@ def byte_size(dtype: int, shape: Sequence[int]) -> int:
         ) from None
 
 
+@functools.cache
 def numpy_dtype(kind: DataType) -> np.dtype[Any]:
     """Raises RequestError (UNIMPLEMENTED) where numpy needs `ml_dtypes` for it, which is not installed."""
     if kind.numpy_dtype is not None:

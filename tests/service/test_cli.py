@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -17,6 +20,7 @@ from click.testing import CliRunner
 
 from coordinator.cli import tensor_files
 from coordinator.cli.app import shardctl
+from coordinator.cli.top import rates, scrape
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import tensor_pb2
 from tests.service.client_server import scripted_server
@@ -229,6 +233,60 @@ def test_an_unknown_model_says_how_to_list_them(run):
 def test_top_once(run):
     assert "queue" in run("top", "--once").out
     assert run("top", "--json").json()["generation"] == 3
+
+
+def test_top_goes_on_when_the_coordinator_does_not_answer_and_ends_with_ctrl_c():
+    with scripted_server() as (target, _):
+        command = [sys.executable, "-u", "-m", "coordinator.cli", "--target", target, "top", "--interval", "0.2"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        seen = []
+        try:
+            for line in process.stdout:
+                seen.append(line)
+                if "READY" in line:
+                    break
+        except BaseException:
+            process.kill()
+            raise
+    for line in process.stdout:
+        if "does not answer" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0, errors
+    assert errors == ""
+
+
+def test_rates_come_from_the_metrics():
+    class Metrics(BaseHTTPRequestHandler):
+        count = 0
+
+        def do_GET(self):
+            type(self).count += 100
+            self.send_response(200)
+            self.end_headers()
+            text = (
+                '# HELP x\ncoordinator_requests_total{code="OK",model="m"} %d\ncoordinator_requests_total{code="X"} 1\n'
+            )
+            self.wfile.write((text % self.count).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Metrics)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"127.0.0.1:{server.server_port}"
+        before, after = scrape(address), scrape(f"http://{address}/metrics")
+        assert before["coordinator_requests_total"] == 101
+        assert rates(before, after, 2.0)["coordinator_requests_total"] == 50
+        assert rates(after, before, 2.0)["coordinator_requests_total"] == 0  # restarted
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert scrape(address) is None
+    assert scrape("") is None
+    assert rates(None, after, 1.0) is None
 
 
 def test_bench_measures_and_says_on_what(run, declared):

@@ -265,6 +265,27 @@ def messages(result: subprocess.CompletedProcess) -> str:
     return "\n".join(line for line in result.stderr.splitlines() if not line.startswith("{"))
 
 
+def test_people_are_told_how_to_call_it():
+    command = [sys.executable, "-m", "coordinator.cli", "up", "--ranks", "1", "--device", "cpu", "--port", "0"]
+    command += ["--allow-factory", FACTORIES[0], "--load", f"mlp={FACTORIES[0]}", "--log-level", "error"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        shown = []
+        for line in process.stdout:
+            shown.append(line.rstrip())
+            if line.startswith("Ctrl-C"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=50)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert shown[0].startswith("READY target=127.0.0.1:")
+    target = shown[0].partition("=")[2]
+    assert any(f"shardctl forward --target {target} mlp --input x=x.npy" in line for line in shown), shown
+    assert "Traceback" not in errors
+
+
 def test_a_port_in_use_is_told_before_anything_starts():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

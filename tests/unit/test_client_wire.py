@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 
 import ml_dtypes
@@ -141,7 +142,8 @@ def test_unknown_type_asks_for_an_update():
 
 
 def test_without_ml_dtypes_bfloat16_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ml_dtypes", None)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    arrays.numpy_dtype.cache_clear()
     answer = pb.ForwardResponse()
     answer.outputs.add(name="o", dtype=tensor_pb2.BFLOAT16, shape=[1], data=b"12")
     with pytest.raises(RequestError, match="pip install ml_dtypes"):
