@@ -8,6 +8,7 @@ from typing import Protocol
 
 import grpc
 
+from coordinator.arena import Lease
 from coordinator.commands import Answer, Command, ResponseReader, failed, frames
 from protos.tensor_parallel.v1 import shard_pb2 as pb
 
@@ -16,14 +17,19 @@ EXECUTE = "/tensor_parallel.v1.Shard/Execute"
 
 
 class Dispatch:
-    """One command with its place in the order. Encoded once, for however many ranks are sent it."""
+    """One command with its place in the order. Encoded once, for however many ranks are sent it.
 
-    __slots__ = ("_frames", "command", "generation", "seq")
+    ``placed`` is its form for ranks of this host, whose payloads lie in ``lease``.
+    """
+
+    __slots__ = ("_frames", "command", "generation", "lease", "placed", "seq")
 
     def __init__(self, generation: int, seq: int, command: Command) -> None:
         self.generation = generation
         self.seq = seq
         self.command = command
+        self.placed: bytes | None = None
+        self.lease: Lease | None = None
         self._frames: list[bytes] | None = None
 
     def frames(self) -> list[bytes]:

@@ -19,6 +19,7 @@ from coordinator.commands import Probe
 from coordinator.config import Config
 from coordinator.errors import ServiceError
 from coordinator.generation import Generation
+from coordinator.local_channel import OPEN_SECONDS, LocalChannel, LocalMemory, host_id
 from coordinator.logging import get_logger
 from coordinator.rank import Rank
 from protos.tensor_parallel.v1 import shard_pb2 as pb
@@ -68,7 +69,7 @@ class Formation:
         await self._join(number, statuses, models)
         generation = Generation(number, len(self.ranks), self._heard)
         try:
-            generation.attach(await self._open(number, statuses, generation))
+            await self._open(statuses, generation)
             await asyncio.wait_for(generation.dispatch(Probe()), self.config.join_timeout)
         except (ServiceError, TimeoutError) as error:
             generation.close()
@@ -144,13 +145,33 @@ class Formation:
             raise FormationFailed(f"the ranks formed different groups: {', '.join(backends)}")
         get_logger().info("join", generation=number, backend=backends[0])
 
-    async def _open(
-        self, number: int, statuses: list[pb.StatusResponse], generation: Generation
-    ) -> list[CommandChannel]:
-        return [
-            StreamChannel(rank.index, number, self.owner, rank.channel, generation, rank.metadata)
-            for rank in self.ranks
-        ]
+    async def _open(self, statuses: list[pb.StatusResponse], generation: Generation) -> None:
+        """The ordered channels: through shared memory to ranks of this host, as a stream to others."""
+        here = host_id() if self.config.local_channel else None
+        near = [status.host_id == here for status in statuses]
+        reclaim = all(status.device == "cpu" for status in statuses)
+        memory = LocalMemory(len(self.ranks), reclaim=reclaim) if any(near) else None
+        opened: list[CommandChannel] = []
+        generation.attach(opened, memory)  # whatever was opened is closed with the generation
+        for rank, local in zip(self.ranks, near, strict=True):
+            channel = await self._open_local(rank, generation, memory) if local and memory is not None else None
+            opened.append(channel or self._stream(rank, generation))
+
+    def _stream(self, rank: Rank, generation: Generation) -> CommandChannel:
+        return StreamChannel(rank.index, generation.number, self.owner, rank.channel, generation, rank.metadata)
+
+    async def _open_local(self, rank: Rank, generation: Generation, memory: LocalMemory) -> CommandChannel | None:
+        """None where it cannot be had, which costs speed and nothing else."""
+        request = pb.OpenLocalChannelRequest(generation=generation.number, owner=self.owner)
+        channel = LocalChannel(rank.index, generation.number, memory, generation)
+        try:
+            door = await rank.stub.OpenLocalChannel(request, timeout=OPEN_SECONDS, metadata=rank.metadata)
+            await channel.open(door.socket_path, door.token)
+            return channel
+        except (grpc.RpcError, OSError, TimeoutError) as error:
+            reason = error.details() if isinstance(error, grpc.RpcError) else str(error) or type(error).__name__
+            get_logger().warning("local_channel_refused", rank=rank.index, reason=reason)
+            return None
 
     async def _all(self, call: Callable[[Rank], Awaitable[T]], what: str) -> list[T]:
         return await self._each(self.ranks, call, what)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from coordinator.channels import CommandChannel, Dispatch
-from coordinator.commands import Answer, Command, Executed, Failed, describe
+from coordinator.commands import Answer, Command, Execute, Executed, Failed, describe
 from coordinator.errors import ServiceError, Unavailable, from_code
+from coordinator.local_channel import LocalMemory
 from coordinator.logging import get_logger
 
 RETRY_MS = 250
@@ -48,14 +49,17 @@ class Generation:
         self._world_size = world_size
         self._loop = asyncio.get_running_loop()
         self._channels: list[CommandChannel] = []
+        self._memory: LocalMemory | None = None
         self._pending: dict[int, _Pending] = {}
         self._seq = 0
         self._suspicion: asyncio.TimerHandle | None = None
         self.ended: asyncio.Future[Ending] = self._loop.create_future()
         self.last_completed = self._loop.time()
 
-    def attach(self, channels: list[CommandChannel]) -> None:
+    def attach(self, channels: list[CommandChannel], memory: LocalMemory | None = None) -> None:
+        """``memory`` is shared with the ranks of this host, if there are any."""
         self._channels = channels
+        self._memory = memory
 
     @property
     def alive(self) -> bool:
@@ -88,6 +92,12 @@ class Generation:
             future.set_exception(self._unavailable(self.ended.result()))
             return future
         dispatch = Dispatch(self.number, self._seq, command)
+        try:
+            if self._memory is not None and isinstance(command, Execute):
+                dispatch.placed, dispatch.lease = self._memory.place(self.number, self._seq, command)
+        except ServiceError as error:
+            future.set_exception(error)
+            return future
         self._seq += 1
         self._pending[dispatch.seq] = _Pending(command, self._loop.time(), future)
         for channel in self._channels:
@@ -112,6 +122,9 @@ class Generation:
         for channel in self._channels:
             channel.close()
         self._channels = []
+        if self._memory is not None:
+            self._memory.arena.close()
+            self._memory = None
 
     # ---- what the channels bring (Listener)
 

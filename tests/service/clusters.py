@@ -138,7 +138,7 @@ class Cluster(Caller):
         self.coordinator = self.start_coordinator(self.coordinator.address)
         self.coordinator.await_address()
 
-    def await_serving(self, seconds: float = 30) -> pb.HealthResponse:
+    def await_serving(self, seconds: float = 50) -> pb.HealthResponse:
         return wait_for(lambda: self._healthy(True), f"health to be SERVING: {self.coordinator.log()[-3000:]}", seconds)
 
     def await_not_serving(self, seconds: float = 5) -> pb.HealthResponse:
