@@ -46,7 +46,7 @@ class Value:
     weight: str | None = None  # the parameter that this is, or is a rearrangement of
     whole: Value | None = None  # this value gathered or reduced, once that has been paid for
     entered: Ref | None = None
-    redo: tuple[Value, Call] | None = None  # the pending sum this one rearranges, and how
+    redo: tuple[Value, Call, int | None] | None = None  # the pending sum this one rearranges, how, and which result
     parts: list[tuple[int, Owners, Ref | None]] = field(default_factory=list)  # local parts already taken
 
     @property
@@ -96,7 +96,13 @@ class Call:
         raise KeyError(f"{self.op} has no argument {name}")
 
     def values(self) -> list[Value]:
-        return [leaf for leaf in pytree.tree_leaves(list(self.bound.values()), is_leaf=_is_value) if isinstance(leaf, Value)]
+        found: list[Value] = []
+        for bound in self.bound.values():
+            if isinstance(bound, Value):
+                found.append(bound)
+            elif isinstance(bound, (list, tuple)):
+                found.extend(item for item in bound if isinstance(item, Value))
+        return found
 
     def value(self, name: str) -> Value:
         found = self[name]
@@ -117,6 +123,15 @@ class Call:
         last = max((i for i, a in enumerate(positional) if a.name in bound), default=-1)
         args = tuple(bound[a.name] if a.name in bound else a.default_value for a in positional[: last + 1])
         return args, {a.name: bound[a.name] for a in self.arguments if a.kwarg_only and a.name in bound}
+
+
+def map_values(f: Callable[[Value], Any], bound: Any) -> Any:
+    """``bound``, an argument of a call, with every value in it replaced."""
+    if isinstance(bound, Value):
+        return f(bound)
+    if isinstance(bound, (list, tuple)):
+        return [f(item) if isinstance(item, Value) else item for item in bound]
+    return bound
 
 
 def _is_value(leaf: Any) -> bool:
@@ -189,8 +204,9 @@ class Engine:
         """Settle an undecided parameter by dividing this view's ``dim``, each index on its own; raises Unproven if it may not be."""
         raise Unproven("everything is settled")
 
-    def settle_for_pieces(self, value: Value, dim: int) -> None:
-        """Settle an undecided parameter that is about to be cut into pieces along ``dim``."""
+    def settle_for_pieces(self, value: Value, dim: int) -> bool:
+        """Settle an undecided parameter that is about to be cut into pieces along ``dim``; False to leave it undecided."""
+        return False
 
     def settle_for_reshape(self, value: Value) -> None:
         """Settle an undecided parameter that is about to be reshaped."""
@@ -223,15 +239,19 @@ class Engine:
     def result(self, call: Call, ref: Ref | None, place: Place, index: int | None = None) -> Value:
         shapes = call.shapes if index is None else call.shapes[index]
         dtype = call.dtypes if index is None else call.dtypes[index]
+        if isinstance(place, Sharded) and any(
+            place.dim >= len(shape) or len(owner) != shape[place.dim] for shape, owner in zip(shapes, place.owners, strict=True)
+        ):
+            raise Unproven("the result's sizes are not those the rule expects")
         grad = dtype.is_floating_point and any(v.grad for v in call.values())
         return Value(ref, place, shapes, dtype, grad)
 
-    def replay(self, call: Call, **replacements: Any) -> Ref | None:
+    def replay(self, call: Call, /, **replacements: Any) -> Ref | None:
         """The call itself with some arguments replaced."""
         args, kwargs = call.spread(replacements)
         return self.emit(call.op, *args, **kwargs)
 
-    def replay_with(self, call: Call, refs: dict[int, Ref | None], **replacements: Any) -> Ref | None:
+    def replay_with(self, call: Call, refs: dict[int, Ref | None], /, **replacements: Any) -> Ref | None:
         """The call on local operands: ``refs`` by operand, every other operand whole and entering the divided region."""
 
         def local(leaf: Any) -> Any:
@@ -239,7 +259,7 @@ class Engine:
                 return leaf
             return refs[id(leaf)] if id(leaf) in refs else self.enter(leaf)
 
-        bound = {k: pytree.tree_map(local, v, is_leaf=_is_value) for k, v in call.bound.items()}
+        bound = {name: map_values(local, item) for name, item in call.bound.items()}
         args, kwargs = call.spread({**bound, **replacements})
         return self.emit(call.op, *args, **kwargs)
 
@@ -247,7 +267,7 @@ class Engine:
         """The call with ``local`` as it is and every other operand whole."""
         return self.replay_with(call, {id(local): local.ref})
 
-    def replay_random(self, call: Call, **replacements: Any) -> Ref | None:
+    def replay_random(self, call: Call, /, **replacements: Any) -> Ref | None:
         """The call with random numbers of the rank's own."""
         args, kwargs = call.spread(replacements)
         rank = PerRank(tuple(range(self.ranks)))
@@ -428,10 +448,7 @@ class Engine:
         self._replace(call, lambda v: self.full(v, "") if isinstance(self.place(v), Partial) else v)
 
     def _replace(self, call: Call, f: Callable[[Value], Value]) -> None:
-        call.bound = {
-            name: pytree.tree_map(lambda x: f(x) if isinstance(x, Value) else x, bound, is_leaf=_is_value)
-            for name, bound in call.bound.items()
-        }
+        call.bound = {name: map_values(f, bound) for name, bound in call.bound.items()}
 
     def gather_and_run(self, call: Call, why: str) -> Any:
         for value in call.values():

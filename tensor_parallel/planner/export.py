@@ -44,6 +44,18 @@ class Traced:
     assignments: tuple[dict[sympy.Symbol, int], ...]
     _cache: dict[Any, tuple[int, ...]] = field(default_factory=dict)
 
+    @staticmethod
+    def fixed(size: Any) -> int | None:
+        """A size as a number, unless it is free (a size may have turned out to be fixed while tracing went on)."""
+        if isinstance(size, torch.SymInt):
+            expr = size.node.expr
+            return int(expr) if expr.is_number else None
+        return int(size)
+
+    def shape(self, fake: Tensor) -> tuple[int, ...]:
+        """A tensor's shape, -1 where free."""
+        return tuple(-1 if (number := self.fixed(size)) is None else number for size in fake.shape)
+
     def values(self, size: Any) -> tuple[int, ...]:
         """A symbolic size at each assignment."""
         if isinstance(size, (int, float, bool)):

@@ -164,10 +164,7 @@ def _verify(twin: nn.Module, prover: Prover, traced: Traced, tensors: Tensors, s
 
 
 def _shapes(traced: Traced) -> list[tuple[int, ...] | None]:
-    return [
-        None if node is None else tuple(size if isinstance(size, int) else -1 for size in node.meta["val"].shape)
-        for node in traced.inputs
-    ]
+    return [None if node is None else traced.shape(node.meta["val"]) for node in traced.inputs]
 
 
 def _shards(tensors: Tensors, divisions: Mapping[str, Division], ranks: int) -> dict[str, Shard]:

@@ -68,7 +68,7 @@ class Runner:
         forward = self._grad if torch.is_grad_enabled() else self._plain
         outputs, updates = forward(leaves, states, self._constants)
         for (table, key), value in zip(self._updates, updates, strict=True):
-            table[key].copy_(value)
+            table[key] = value.detach()  # the old one may be needed by the backward
         return outputs
 
 

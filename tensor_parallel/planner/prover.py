@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from tensor_parallel.planner import runtime
-from tensor_parallel.planner.engine import PARTIAL, REPLICATED, Engine, Gathered, Sym, Value
+from tensor_parallel.planner.engine import PARTIAL, REPLICATED, Engine, Gathered, Sym, Value, map_values
 from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import (
     Owners,
@@ -167,9 +166,9 @@ class Prover(Engine):
     # ------------------------------------------------------------------ writing the program
     def emit(self, fn: Any, *args: Any, **kwargs: Any) -> Ref | None:
         out = self.program.new_id()
-        is_leaf = lambda x: isinstance(x, (Value, Sym, PerRank, Ref))  # noqa: E731
-        args, kwargs = pytree.tree_map(_reference, (args, kwargs), is_leaf=is_leaf)
-        self.program.steps.append(Step(fn, args, kwargs, out, self.node.name if self.node is not None else OUTPUT))
+        local_args = tuple(_reference(arg) for arg in args)
+        local_kwargs = {name: _reference(arg) for name, arg in kwargs.items()}
+        self.program.steps.append(Step(fn, local_args, local_kwargs, out, self.node.name if self.node is not None else OUTPUT))
         return Ref(out)
 
     def full(self, value: Value, why: str) -> Value:
@@ -186,15 +185,15 @@ class Prover(Engine):
 
     def _reduce(self, value: Value) -> Value:
         if value.redo is not None:
-            source, call = value.redo
+            source, call, index = value.redo
             whole = self.full(source, "")
             refs: dict[int, Ref | None] = {id(source): whole.ref}
-            bound = {
-                k: pytree.tree_map(lambda v: refs.get(id(v), v), b, is_leaf=lambda x: isinstance(x, (Value, Sym)))
-                for k, b in call.bound.items()
-            }
+            bound = {name: map_values(lambda v: refs.get(id(v), v), item) for name, item in call.bound.items()}
             args, kwargs = call.spread(bound)
-            return Value(self.emit(call.op, *args, **kwargs), REPLICATED, value.shapes, value.dtype, value.grad)
+            ref = self.emit(call.op, *args, **kwargs)
+            if index is not None:
+                ref = self.item(ref, index)
+            return Value(ref, REPLICATED, value.shapes, value.dtype, value.grad)
         ref = self.emit(runtime.AllReduce(), value)
         assert isinstance(value.place, Partial)
         self._note("all_reduce", ref, value, value.place.origin)
@@ -259,8 +258,14 @@ class Prover(Engine):
         return self.emit(runtime.take_pattern, whole, dim, indices, len(described.base), described.outer, described.inner)
 
 
-def _reference(leaf: Any) -> Any:
-    return leaf.ref if isinstance(leaf, (Value, Sym)) else leaf
+def _reference(argument: Any) -> Any:
+    if isinstance(argument, (Value, Sym)):
+        return argument.ref
+    if isinstance(argument, list):
+        return [_reference(item) for item in argument]
+    if type(argument) is tuple:
+        return tuple(_reference(item) for item in argument)
+    return argument
 
 
 def _layout(described: Pattern, ranks: int) -> tuple[Any, ...]:

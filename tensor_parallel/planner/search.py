@@ -127,7 +127,8 @@ def _moves(best: Candidate, tensors: Tensors, classes: Mapping[Class, list[str]]
     blame: dict[Class, int] = defaultdict(int)
     for item in best.communications:
         for name in item.origin:
-            blame[_class(name, tensors.shape(name))] += item.nbytes + 1
+            if tensors.stored[name].is_parameter:
+                blame[_class(name, tensors.shape(name))] += item.nbytes + 1
     moves: list[tuple[Class, str]] = []
     for group in sorted(blame, key=lambda g: (-blame[g], g)):
         moves.extend((group, mode) for mode in ("gather", "rep", "in") if best.modes.get(classes[group][0]) != mode)

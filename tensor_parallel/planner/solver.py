@@ -177,11 +177,12 @@ class Solver(Engine):
         size = self.tensors.shape(name)[dim]
         return self.atoms.create(name, size, self.tensors.nbytes(name) / size)
 
-    def settle_for_pieces(self, value: Value, dim: int) -> None:
+    def settle_for_pieces(self, value: Value, dim: int) -> bool:
         try:
             self.divide(value, dim)
         except Unproven:
-            self.commit_whole(value)
+            return False
+        return True
 
     def settle_for_reshape(self, value: Value) -> None:
         if self.worth_dividing(value):

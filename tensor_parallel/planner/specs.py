@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.planner.engine import Value
 from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import Sharded, positions
-from tensor_parallel.planner.plan import FREE, InputSpec, OutputSpec
+from tensor_parallel.planner.plan import InputSpec, OutputSpec
 from tensor_parallel.planner.shard import Shard
 
 aten = torch.ops.aten
@@ -74,7 +74,7 @@ def _name(value: Any, prefix: str, names: dict[int, str]) -> None:
 def input_specs(names: list[str], traced: Traced) -> tuple[InputSpec, ...]:
     bounds = index_bounds(traced)
     return tuple(
-        InputSpec(name, node.meta["val"].dtype, _shape(traced, node.meta["val"]), bounds.get(node))
+        InputSpec(name, node.meta["val"].dtype, traced.shape(node.meta["val"]), bounds.get(node))
         for name, node in zip(names, traced.inputs, strict=True)
         if node is not None
     )
@@ -89,19 +89,8 @@ def output_specs(names: list[str], traced: Traced, values: list[Any], ranks: int
         if isinstance(value.place, Sharded):
             owner = value.place.owners[0]
             shard = Shard.from_indices(value.place.dim, [positions(owner, r).tolist() for r in range(ranks)])
-        specs.append(OutputSpec(name, value.dtype, _shape(traced, item.meta["val"]), shard))
+        specs.append(OutputSpec(name, value.dtype, traced.shape(item.meta["val"]), shard))
     return tuple(specs)
-
-
-def _shape(traced: Traced, fake: Tensor) -> tuple[int, ...]:
-    return tuple(_size(size) for size in fake.shape)
-
-
-def _size(size: Any) -> int:
-    """A size that tracing found to be one number stays a symbol on the input itself, with that number as its value."""
-    if isinstance(size, int):
-        return size
-    return int(size.node.expr) if size.node.expr.is_number else FREE
 
 
 _PASSING = ("to", "_to_copy", "view", "reshape", "clone", "contiguous", "unsqueeze", "squeeze", "expand", "slice", "alias", "detach",

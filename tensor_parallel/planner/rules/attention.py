@@ -19,9 +19,9 @@ def attention(e: Engine, call: Call) -> Any:
     divided = [v for v in (query, key, value) if e.is_sharded(v)]
     if not divided:
         raise Unproven("only the mask is divided")
-    negative = {e.sharded(v).dim - v.ndim for v in divided}
-    if len(negative) != 1 or (at := negative.pop()) > -3:
-        raise Unproven("not divided by heads")
+    at = _heads(e, query, divided)
+    query, key, value = (_by_heads(e, v, at) for v in (query, key, value))
+    divided = [v for v in (query, key, value) if e.is_sharded(v)]
     if not e.is_sharded(query):
         owners = _expanded(e, e.sharded(divided[0]), divided[0], query, at)
         query_ref = e.part(query, query.ndim + at, owners)
@@ -52,6 +52,22 @@ def attention(e: Engine, call: Call) -> Any:
     place = Sharded(len(call.shapes[0]) + at, owners, origin)
     random = isinstance(call["dropout_p"], float) and call["dropout_p"] > 0
     return e.result(call, e.replay_random(call, **replacements) if random else e.replay(call, **replacements), place)
+
+
+def _heads(e: Engine, query: Value, divided: list[Value]) -> int:
+    """The dimension, counted from the right, along which to divide: the query's, else the keys'."""
+    for value in sorted(divided, key=lambda v: v is not query):
+        at = e.sharded(value).dim - value.ndim
+        if at <= -3:
+            return at
+    raise Unproven("not divided by heads")
+
+
+def _by_heads(e: Engine, value: Value, at: int) -> Value:
+    place = e.place(value)
+    if isinstance(place, Sharded) and place.dim - value.ndim != at:
+        return e.full(value, "not divided by heads")
+    return value
 
 
 def _group(query: Value, operand: Value, at: int) -> int:

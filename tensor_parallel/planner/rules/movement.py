@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 # ---------------------------------------------------------------------------------------------- dimensions in another order
-def remap(e: Engine, call: Call, mapping: list[int | None], ref: Any = None, **replacements: Any) -> Any:
+def remap(e: Engine, call: Call, mapping: list[int | None], ref: Any = None, /, **replacements: Any) -> Any:
     """Result dimension ``i`` is operand dimension ``mapping[i]`` (None: a new one); the operation does not touch the others."""
     value = next(v for v in call.values() if e.is_sharded(v) or e.undecided(v))
     place = e.place(value)
@@ -157,7 +157,7 @@ def expand_as(e: Engine, call: Call) -> Any:
     value, other = call.value("self"), call.value("other")
     if value.shapes != other.shapes or e.undecided(value):
         raise Unproven("a shape taken from a divided value")
-    return remap(e, call, list(range(value.ndim)), ref=value.ref)
+    return remap(e, call, list(range(value.ndim)), value.ref)
 
 
 @rule("repeat")
@@ -205,9 +205,8 @@ def slice_(e: Engine, call: Call) -> Any:
         return along(e, call, set())
     place = e.place(value)
     if isinstance(place, Undecided) and place.dims[dim] is not None:
-        if e.is_sharded(value) or place.looked_up:
+        if place.looked_up or not e.settle_for_pieces(value, dim):
             return along(e, call, {dim})
-        e.settle_for_pieces(value, dim)
         return e.visit_again(call)
     if not isinstance(place, Sharded) or place.dim != dim:
         return along(e, call, {dim})
@@ -247,8 +246,8 @@ def split(e: Engine, call: Call) -> Any:
     dim = call.dim("dim", value.ndim)
     place = e.place(value)
     if isinstance(place, Undecided) and place.dims[dim] is not None and not place.looked_up:
-        e.settle_for_pieces(value, dim)
-        return e.visit_again(call)
+        if e.settle_for_pieces(value, dim):
+            return e.visit_again(call)
     if isinstance(place, Sharded) and place.dim == dim:
         return _split_divided(e, call, value, place, dim)
     ref = e.replay(call) if isinstance(place, Sharded) else None

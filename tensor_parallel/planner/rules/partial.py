@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.planner import runtime
@@ -26,7 +27,7 @@ def same_size(e: Engine, call: Call) -> Any:
     if not call.dtypes.is_floating_point:
         raise Unproven("not a floating-point sum")
     result = e.result(call, e.replay(call), PARTIAL)
-    result.redo = (value, call)
+    result.redo = (value, call, None)
     return result
 
 
@@ -43,8 +44,20 @@ def shrinking(e: Engine, call: Call) -> Any:
         raise Unproven("changes dtype")
     ref = e.replay_entered(call, value)
     if isinstance(call.shapes, list):
-        return [e.result(call, e.item(ref, i), PARTIAL, i) for i in range(len(call.shapes))]
-    return e.result(call, ref, PARTIAL)
+        results = [e.result(call, e.item(ref, i), PARTIAL, i) for i in range(len(call.shapes))]
+        for i, result in enumerate(results):
+            result.redo = (value, call, i)  # one reduction of the whole, not one per piece
+        return results
+    result = e.result(call, ref, PARTIAL)
+    if _used_elsewhere(call):
+        result.redo = (value, call, None)
+    return result
+
+
+def _used_elsewhere(call: Call) -> bool:
+    """Whether others use the operand too, so that reducing it once serves them all."""
+    operand = call.node.args[0]
+    return isinstance(operand, fx.Node) and len(operand.users) > 1
 
 
 @partial_rule("mul", "div", "multiply", "divide", "true_divide")
