@@ -54,8 +54,7 @@ class ForwardCall:
     def decode(self, message: bytes) -> dict[str, Any]:
         """The outputs by name. Raises RequestError (INTERNAL) if ``message`` is not a response."""
         try:
-            _, outputs = wire.decode_forward(message)
-            found = {meta.name: self.output(meta, data) for meta, data in outputs}
+            found = {meta.name: self.output(meta, data) for meta, data in wire.decode_forward(message)}
         except RequestError as error:
             error.request_id = self.request_id
             raise

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.client import InvalidInputError, RequestError, arrays, calls, stream, wire
+from coordinator.client import InvalidInputError, RequestError, arrays, calls, stream
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import tensor_pb2
 
@@ -224,9 +224,3 @@ def test_dictionaries_have_every_field_and_plain_values():
         {"name": "x", "dtype": "int64", "shape": [-1], "optional": False, "minimum": None, "maximum": 7}
     ]
     assert calls.to_dict(pb.LoadProgress(stage=pb.LoadProgress.READING))["stage"] == "READING"
-
-
-def test_varints_at_their_edges():
-    for value in (0, 127, 128, 16383, 16384, (1 << 63) - 1):
-        encoded = wire.varint(value)
-        assert wire._read_varint(memoryview(encoded), 0) == (value, len(encoded))
