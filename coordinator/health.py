@@ -13,6 +13,9 @@ from coordinator.rank import Rank
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 
 COORDINATOR = "coordinator"
+LIVENESS = (
+    "liveness"  # whoever can ask is answered, a coordinator that stands by or drains too: no reason to restart it
+)
 STALE = 1.5  # seconds: a heartbeat older than this and its interval proves nothing
 SLOW_PROBE = 0.75  # seconds: a collective of one element that takes longer is not going to be one
 
@@ -27,9 +30,11 @@ class HealthView:
         self._started = self._loop.time()
 
     def is_serving(self, name: str) -> bool | None:
-        """None for a name that is neither "", "coordinator" nor a model's."""
+        """None for a name that is neither "", "coordinator", "liveness" nor a model's."""
         if name == "":
             return not self.reason()
+        if name == LIVENESS:
+            return True
         if name == COORDINATOR:
             return self._fleet.state not in (DRAINING, STANDBY)
         entry = self._catalog.current.get(name)

@@ -16,7 +16,7 @@ SERVICE = "grpc.health.v1.Health"
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
-    """Names: "" (everything), "coordinator" (this process), and each model's."""
+    """Names: "" (everything), "coordinator" (it answers requests), "liveness" (it runs), and each model's."""
 
     def __init__(self, core: Core) -> None:
         self._core = core

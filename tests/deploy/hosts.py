@@ -19,6 +19,7 @@ import sys
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import pytest
 
@@ -87,6 +88,10 @@ class Relay:
         self._open: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def lead_to(self, address: tuple[str, int]) -> None:
+        """For connections from now on; open ones stay where they are."""
+        self._address = address
+
     def _accept(self) -> None:
         while True:
             try:
@@ -125,15 +130,13 @@ class Host:
         self.name, self.address = name, f"{NETWORK}.{index + 1}"
         self._stack = stack
 
-    def run(self, *command: str, log: Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def run(self, *command: str, log: Path) -> subprocess.Popen[bytes]:
         """A process of this host; it dies with the test. Its output goes to ``log``."""
         with log.open("ab") as output:
-            process = subprocess.Popen(
-                [*_inside(self.name), sys.executable, "-c", _LAUNCH, *command],
-                stdout=output,
-                stderr=output,
-                env=os.environ | (env or {}),
-            )
+            return self.popen(sys.executable, "-c", _LAUNCH, *command, output=output)
+
+    def popen(self, *command: str, output: IO[bytes]) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([*_inside(self.name), *command], stdout=output, stderr=output)
         self._stack.callback(_end, process)
         return process
 

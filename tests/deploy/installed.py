@@ -24,8 +24,12 @@ def bindings() -> dict[Path, str]:
     }
 
 
-def install(root: Path, *options: str) -> None:
-    """The package's environment, and the units by their own script."""
+# An interpreter that was moved looks for its own library where it was.
+ENVIRONMENT = {"LD_LIBRARY_PATH": "/opt/python/lib"}
+
+
+def environment(root: Path) -> None:
+    """The package and its programs in /opt/tensor-parallel, given ``bindings``."""
     prefix = root / PREFIX
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = prefix / "lib" / version / "site-packages"
@@ -38,9 +42,13 @@ def install(root: Path, *options: str) -> None:
         script = prefix / "bin" / name
         script.write_text(f"#!/{PREFIX}/bin/python3\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
         script.chmod(0o755)
+
+
+def install(root: Path, *options: str) -> None:
+    """The package's environment, and the units by their own script."""
+    environment(root)
     command = [str(ROOT / "deploy/systemd/install.sh"), "--root", str(root), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
-    # An interpreter that was moved looks for its own library where it was.
     with (root / "etc/tensor-parallel/tensor-parallel.env").open("a", encoding="utf-8") as settings:
-        settings.write("LD_LIBRARY_PATH=/opt/python/lib\n")
+        settings.writelines(f"{name}={value}\n" for name, value in ENVIRONMENT.items())

@@ -12,7 +12,7 @@ from tests.deploy.manifests import Object, Pod, find, matches, name_of, of_kind,
 HEALTH_SERVICES = {
     "shardd": {"liveness", "readiness"},
     "shardctl": {"liveness", "readiness"},
-    "coordinator": {"coordinator", ""},
+    "coordinator": {"liveness", "coordinator", ""},
 }
 # Made by controllers, not by us: pod labels that a field reference may name, and variables.
 CONTROLLER_LABELS = {

@@ -18,7 +18,7 @@ def until(condition: Callable[[], _Value], what: str, *, deadline: float = DEADL
     limit = time.monotonic() + deadline
     while not (value := condition()):
         assert time.monotonic() < limit, f"waited {deadline:g} s for {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return value
 
 
