@@ -35,7 +35,7 @@ class RetryPolicy:
 
     attempts: int | None = None
     initial: float = 0.2
-    multiplier: float = 1.6
+    multiplier: float = 2.0
     maximum: float = 2.0
     jitter: float = 0.2
 

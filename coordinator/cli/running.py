@@ -19,12 +19,14 @@ from coordinator.cli.failures import USAGE, Failure
 from coordinator.cli.models import loading
 from coordinator.cli.settings import Settings, read_token
 from coordinator.client import AsyncClient, RequestError, Tls
+from coordinator.client.sync import LOAD_TIMEOUT
 from coordinator.logging import configure, get_logger
 from coordinator.supervisor import StartError, Supervisor
 from coordinator.supervisor.cluster import ClusterError, Front, Node, coordinator, daemons, read_port_file
 
 # A Unix socket's path holds 107 bytes at most; ours ends in "/coordinator.health".
 _LONGEST_DIRECTORY = 80
+_FORMING = 180.0  # seconds until the ranks are a group
 
 
 @dataclass
@@ -55,7 +57,7 @@ async def run(
     settings: Settings,
     ready: Callable[[Running], None],
 ) -> None:
-    """Runs until SIGINT or SIGTERM; a second one kills at once. ``ready`` is called once the cluster serves.
+    """Runs until SIGINT, SIGTERM or SIGHUP; a second one kills at once. ``ready`` is called once the cluster serves.
 
     Raises Failure with the right exit code when the cluster cannot start.
     """
@@ -73,7 +75,7 @@ async def run(
             supervisor.kill()
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, asked_to_stop)
     try:
         await _first(stop, _serve(supervisor, directory, front, models, settings, ready))
@@ -159,16 +161,18 @@ def _client(target: str, front: Front) -> AsyncClient:
     return AsyncClient(target, token=read_token(front.token_file), tls=tls, retries=True)
 
 
-async def until_serving(client: AsyncClient, bound: float = 180.0) -> None:
+async def until_serving(client: AsyncClient) -> None:
     """Raises Failure with the last reason if the ranks do not form a group, or models of the last time do not load."""
-    deadline = time.monotonic() + bound
+    bound, started = _FORMING, time.monotonic()
     reason = "the coordinator does not answer"
-    while time.monotonic() < deadline:
+    while time.monotonic() - started < bound:
         with contextlib.suppress(RequestError):
             health = await client.health(timeout=2)
             if health["serving"]:
                 return
             reason = health["reason"]
+            # The group is there; what is missing are models, whose weights take the time they take.
+            bound = LOAD_TIMEOUT if health["coordinator"]["state"] == "READY" else _FORMING
         await asyncio.sleep(0.05)
     raise Failure(f"not serving after {bound:.0f} s: {reason}", hint="the logs above say more")
 
