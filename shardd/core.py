@@ -52,7 +52,7 @@ def build(config: Config, board: Board, rendezvous: Rendezvous, metrics: Metrics
         progress=progress,
         metrics=metrics,
         log=log,
-        device_works=device.works,
+        intact=lambda: device.works() and board.models.intact(),
     )
     membership = Membership(
         group=group,

@@ -49,7 +49,7 @@ class Engine:
         progress: Progress,
         metrics: Metrics,
         log: Logger,
-        device_works: Callable[[], bool] = lambda: True,
+        intact: Callable[[], bool] = lambda: True,
     ) -> None:
         self._rank = rank
         self._device = device
@@ -59,7 +59,7 @@ class Engine:
         self._progress = progress
         self._metrics = metrics
         self._log = log
-        self._device_works = device_works
+        self._intact = intact
         self._inbox: SimpleQueue[tuple[Session, Channel] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
 
@@ -106,7 +106,8 @@ class Engine:
         session.end(reason)
         channel.release()
         session.release()
-        if not self._device_works():
+        if not self._intact():
+            # Nothing that this process holds can be trusted; a fresh one reads its weights again.
             self._log.critical("device_failed", generation=session.generation, reason=reason)
             os._exit(EXIT_STUCK)
         if wanted:
@@ -193,19 +194,26 @@ class Engine:
     ) -> dict[str, torch.Tensor]:
         try:
             outputs = run(inputs)
-            if self._device.type == "cuda":
-                torch.cuda.current_stream().synchronize()  # errors of this forward show now, and so does its time
+            self._settle()
             return outputs
         except Exception as error:
             if known(error):
                 raise
             raise ModelError(f"the model raised {type(error).__name__}: {judge(error).message}") from error
 
+    def _settle(self) -> None:
+        """Wait for the device: only then is it known whether its collectives came through. Raises if they did not."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+            if self._group.world_size > 1:
+                self._group.backend.check()
+
     def _probe(self) -> None:
         """Every rank adds its rank + 1; a wrong sum means that the ranks are not where they believe to be."""
         size = self._group.world_size
         value = torch.full((1,), float(self._rank + 1), device=self._device)
         total = float(self._group.all_reduce_sum_(value))
+        self._settle()
         if total != size * (size + 1) / 2:
             raise PeerLost(f"the ranks' probe summed to {total}, not to {size * (size + 1) / 2}")
 

@@ -6,16 +6,11 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-# A failed collective is ours to handle: torch's own watchdog would abort the process, or hold it while it dumps.
-REQUIRED = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_PROPAGATE_ERROR": "0",
-}
+from tensor_parallel.nccl_environment import NCCL_ENVIRONMENT
+
 # Anyone may choose otherwise. C++ messages are no log lines, and what they say reaches us as exceptions.
 DEFAULTS = {
+    **NCCL_ENVIRONMENT,
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -26,7 +21,6 @@ DEFAULTS = {
 
 def prepare(environment: MutableMapping[str, str], *, threads: int, world_size: int, interface: str) -> None:
     """Complete ``environment``; called once, before torch is imported."""
-    environment.update(REQUIRED)
     for name, value in DEFAULTS.items():
         environment.setdefault(name, value)
     if threads:

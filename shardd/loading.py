@@ -35,6 +35,7 @@ class LoadedWeights:
     outputs: dict[str, bool]
     first: bool
     writes_inputs: bool
+    checksum: int | None
     warnings: list[str]
 
 
@@ -199,6 +200,7 @@ class Loader:
             metrics=self._metrics.model(request.name),
             first=weights.first,
             writes_inputs=weights.writes_inputs,
+            checksum=weights.checksum,
         )
 
     def _judge(self, request: shard_pb2.ShardLoadRequest, error: Exception) -> Verdict:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -22,6 +23,7 @@ from shardd.logging import Logger
 from shardd.models import Models
 from shardd.session import Session
 from tensor_parallel.backends import form_backend
+from tensor_parallel.errors import CollectiveError
 from tensor_parallel.group import Group
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class Membership:
         self._engine = engine
         self._log = log
         self._fence_seconds = fence_seconds
+        self._lock = threading.Lock()
+        self._forming: dict[int, Backend] = {}
 
     def fence(self, request: shard_pb2.FenceRequest) -> shard_pb2.FenceResponse:
         """End what runs, so that nothing of an older generation can block or write after this has returned."""
@@ -66,7 +70,9 @@ class Membership:
         started = time.monotonic()
         standing, accepted = self._generations.fence(generation, owner, request.lease.duration_milliseconds / 1000)
         if accepted:
-            self._end_last(f"fenced by {owner} for generation {generation}: {request.reason}")
+            why = f"fenced by {owner} for generation {generation}: {request.reason}"
+            self._end_last(why)
+            self._end_forming(generation, why)
             seconds = round(time.monotonic() - started, 4)
             self._log.info("fence", generation=generation, owner=owner, reason=request.reason, seconds=seconds)
         else:
@@ -83,10 +89,27 @@ class Membership:
         session = self._generations.session()
         if session is None:
             return
-        session.end(reason)
+        try:
+            session.end(reason)
+        except CollectiveError as error:
+            self._give_up(session.generation, error=str(error))
         if not session.released.wait(self._fence_seconds):
-            self._log.critical("executor_stuck", generation=session.generation, seconds=self._fence_seconds)
-            os._exit(EXIT_STUCK)
+            self._give_up(session.generation, seconds=self._fence_seconds)
+
+    def _give_up(self, generation: int, **why: object) -> NoReturn:
+        self._log.critical("executor_stuck", generation=generation, **why)
+        os._exit(EXIT_STUCK)
+
+    def _end_forming(self, generation: int, reason: str) -> None:
+        """Abort groups that were still being formed when ``generation`` was fenced: on a GPU their kernels would wait
+        for ever, and the next generation's behind them."""
+        with self._lock:
+            stale = [self._forming.pop(older) for older in list(self._forming) if older < generation]
+        for backend in stale:
+            try:
+                backend.abort(reason)
+            except CollectiveError as error:
+                self._give_up(generation, error=str(error))
 
     def join(self, request: shard_pb2.JoinRequest) -> shard_pb2.JoinResponse:
         """Form generation ``request.generation`` with the peers and prove it. Raises if it cannot be, or may not be.
@@ -108,6 +131,9 @@ class Membership:
             self._generations.join_failed(generation, reason)
             self._log.warning("join_failed", generation=generation, error=reason)
             raise
+        finally:
+            with self._lock:
+                self._forming.pop(generation, None)
         name, seconds = session.backend_name, round(time.monotonic() - started, 4)
         self._log.info("generation_ready", generation=generation, backend=name, owner=owner, seconds=seconds)
         return shard_pb2.JoinResponse(backend=name)
@@ -139,7 +165,12 @@ class Membership:
             device=self._device,
             timeout=timedelta(seconds=COLLECTIVE_SECONDS),
             host=self._host,
+            connected=lambda backend: self._connected(request.generation, backend),
         )
+
+    def _connected(self, generation: int, backend: Backend) -> None:
+        with self._lock:
+            self._forming[generation] = backend
 
     def open_stream(self, generation: int, owner: str) -> StreamChannel:
         """The running generation's channel over a gRPC stream, already served by the executor."""

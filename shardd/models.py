@@ -35,6 +35,7 @@ class Served(Protocol):
     @property
     def bytes_held(self) -> int: ...
 
+    def checksum(self) -> int: ...
     def validate(self, inputs: Mapping[str, torch.Tensor]) -> Any: ...
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
@@ -46,6 +47,7 @@ class Model:
     ``outputs`` maps every output's name to whether this rank sends its (part of) it. It is empty for a model whose
     outputs show only when it runs: they are whole on every rank then, and the ``first`` rank sends them. Such a model's
     own code runs, and may write to its inputs (``writes_inputs``), which other ranks may be reading.
+    ``checksum`` is of the weights on a device whose kernels may be aborted; None on the CPU.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Model:
     metrics: ModelMetrics
     first: bool
     writes_inputs: bool
+    checksum: int | None
     state: State = State.LOADED
 
     def check_wanted(self, wanted: Sequence[str]) -> None:
@@ -76,6 +79,10 @@ class Model:
                 f"model {self.name!r} has no output {', '.join(map(repr, unknown))}; "
                 f"its outputs are {', '.join(map(repr, known))}"
             )
+
+    def intact(self) -> bool:
+        """Whether the weights still are what was loaded."""
+        return self.checksum is None or self.served.checksum() == self.checksum
 
     def describe(self) -> shard_pb2.LoadedModel:
         message = shard_pb2.LoadedModel()
@@ -178,9 +185,11 @@ class Models:
         with self._lock:
             return sum(model.served.bytes_held for model in self._models.values())
 
-    def served(self) -> list[Served]:
+    def intact(self) -> bool:
+        """Whether every model's weights still are what was loaded. For the executor: it reads them all."""
         with self._lock:
-            return [model.served for model in self._models.values()]
+            models = list(self._models.values())
+        return all(model.intact() for model in models)
 
     def _forget(self, name: str) -> None:
         if not any(key[0] == name for key in self._models):

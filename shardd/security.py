@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import grpc
 
 from shardd.config import Config
+from shardd.malformed import MalformedInterceptor
 
 
 class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -35,7 +36,9 @@ def _refuse(_requests: Iterator[Any], context: grpc.ServicerContext) -> NoReturn
 
 
 def interceptors(config: Config) -> list[grpc.ServerInterceptor]:
-    return [TokenInterceptor(config.token)] if config.token else []
+    """Outermost first."""
+    token = [TokenInterceptor(config.token)] if config.token else []
+    return [*token, MalformedInterceptor()]
 
 
 def credentials(config: Config) -> grpc.ServerCredentials | None:

@@ -13,6 +13,7 @@ from shardd import security
 from shardd.addresses import Address, BindError, check_free
 from shardd.config import Config
 from shardd.health import Health
+from shardd.malformed import MalformedInterceptor
 
 THREADS = 64
 """Made as they are needed. Each channel and each load in progress holds one; everything else answers at once."""
@@ -42,7 +43,11 @@ def make_server(config: Config, service: shard_pb2_grpc.ShardServicer, health: H
 
 def make_health_server(listen: Address, health: Health) -> tuple[grpc.Server, Address]:
     """A server of nothing but health, in plain text, for probes that cannot do TLS. Raises :class:`BindError`."""
-    server = grpc.server(ThreadPoolExecutor(2, thread_name_prefix="probe"), options=[("grpc.so_reuseport", 0)])
+    server = grpc.server(
+        ThreadPoolExecutor(2, thread_name_prefix="probe"),
+        interceptors=[MalformedInterceptor()],
+        options=[("grpc.so_reuseport", 0)],
+    )
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     return server, _bind(server, listen, None)
 

@@ -60,18 +60,23 @@ class Session:
             self._channel = channel
 
     def end(self, reason: str) -> None:
-        """Abort what runs and close the channel. Idempotent; does not wait for ``released``."""
+        """Abort what runs and close the channel. Idempotent; does not wait for ``released``.
+
+        Raises what the backend raises when even aborting fails: then nothing but a new process helps.
+        """
         with self._lock:
             if self._reason is not None:
                 return
             self._reason = reason
             channel = self._channel
-        if self._backend is not None:
-            self._backend.abort(reason)
-        if channel is None:
-            self.release()
-        else:
-            channel.close(reason)
+        try:
+            if self._backend is not None:
+                self._backend.abort(reason)
+        finally:
+            if channel is None:
+                self.release()
+            else:
+                channel.close(reason)
 
     def release(self) -> None:
         """Free the process group. Called by the one thread that used it, after its last use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -29,6 +30,7 @@ def form_backend(
     timeout: timedelta = timedelta(seconds=30),
     segment_prefix: str = "",
     host: str = "",
+    connected: Callable[[Backend], None] | None = None,
 ) -> Backend:
     """Connect this rank to its peers and prove it with one checked all-reduce. Every rank calls it with the same
     arguments.
@@ -40,6 +42,7 @@ def form_backend(
         timeout: bound of forming and of each later collective.
         segment_prefix: prefix of the name of a shared-memory segment.
         host: address gloo binds, where the host's own name does not resolve to a usable one.
+        connected: given the backend before its first all-reduce, so that another thread can abort one that hangs.
 
     Raises:
         ConfigError: unknown kind, or one that cannot work on this device.
@@ -51,6 +54,8 @@ def form_backend(
         raise ConfigError(f"unknown backend {kind!r}: choose one of {', '.join(KINDS)}")
     backend = _connect(kind, store, rank, world_size, device, timeout, segment_prefix, host)
     try:
+        if connected is not None:
+            connected(backend)
         _check(backend, device)
     except BaseException:
         backend.close()

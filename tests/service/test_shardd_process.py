@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from google.protobuf import message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.tensor_parallel.v1 import shard_pb2
@@ -393,3 +395,52 @@ def test_two_daemons_share_a_host_id(tmp_path: Path) -> None:
         first, second = ranks.all(Rank.status)
         assert first.host_id == second.host_id
         assert first.incarnation != second.incarnation
+
+
+def test_hostile_messages_are_refused_and_harm_nothing(one: Shardd) -> None:
+    """Random bytes, and random fields, to every method: never INTERNAL, never a crash."""
+    chance = random.Random(7)
+    methods = shard_pb2.DESCRIPTOR.services_by_name["Shard"].methods
+    service = "/tensor_parallel.v1.Shard/"
+    with grpc.insecure_channel(one.address) as channel:
+        for turn in range(40):
+            for method in methods:
+                data = chance.randbytes(chance.randrange(1, 60)) if turn % 2 else mangled(method.input_type, chance)
+                kind = (
+                    "stream" if method.client_streaming else "unary",
+                    "stream" if method.server_streaming else "unary",
+                )
+                call = getattr(channel, "_".join(kind))(service + method.name)
+                code = outcome(call, iter([data]) if method.client_streaming else data)
+                assert code not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN), (method.name, data)
+        with pytest.raises(grpc.RpcError) as unknown:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"\xff", timeout=10)
+        assert unknown.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert Rank(one.address).status().pid == one.pid
+    assert not one.events("internal_error")
+
+
+def outcome(call, request) -> grpc.StatusCode:
+    try:
+        answer = call(request, timeout=20)
+        if isinstance(answer, grpc.Call):
+            list(answer)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+def mangled(message_type, chance: random.Random) -> bytes:
+    """A message with some of its scalar fields set to something extreme."""
+    message = message_factory.GetMessageClass(message_type)()
+    for field in message_type.fields:
+        if field.message_type is None and not field.is_repeated and chance.random() < 0.7:
+            extreme = {
+                field.CPPTYPE_STRING: ["", "x" * 5000, "../..", "\0", "[::1]:0"],
+                field.CPPTYPE_BOOL: [True, False],
+            }.get(field.cpp_type, [0, 1, 2**31 - 1])
+            value = chance.choice(extreme)
+            setattr(message, field.name, value.encode() if field.type == field.TYPE_BYTES else value)
+        elif field.message_type is not None and not field.is_repeated and chance.random() < 0.7:
+            getattr(message, field.name).MergeFromString(mangled(field.message_type, chance))
+    return message.SerializeToString()

@@ -110,7 +110,7 @@ def test_identity() -> None:
 
 
 def test_environment_for_torch() -> None:
-    made = {"TORCH_NCCL_ENABLE_MONITORING": "1", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    made = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
     environment.prepare(made, threads=3, world_size=2, interface="eth7")
     assert made["TORCH_NCCL_ENABLE_MONITORING"] == "0"
     assert made["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
