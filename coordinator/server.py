@@ -22,6 +22,7 @@ from coordinator.security import TokenInterceptor, server_credentials
 from coordinator.service import CoordinatorService
 from coordinator.tracing import Tracing
 from protos.inference import SERVICE_NAME as INFERENCE
+from protos.malformed import AsyncMalformedInterceptor
 
 
 class Server:
@@ -29,13 +30,15 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError when a port is taken or a certificate cannot be used."""
-        interceptors = [TokenInterceptor(config.token)] if config.token is not None else []
+        interceptors: list[Any] = [AsyncMalformedInterceptor()]
+        if config.token is not None:
+            interceptors.append(TokenInterceptor(config.token))
         self._main = _server(config.max_message_bytes, interceptors)
         self._health: grpc.aio.Server | None = None
         self.address = _bind(self._main, config.listen, server_credentials(config.tls), "listen")
         self.health_address: str | None = None
         if config.health_listen is not None:
-            self._health = _server(4096, [])
+            self._health = _server(4096, [AsyncMalformedInterceptor()])
             self.health_address = _bind(self._health, config.health_listen, None, "health-listen")
 
     async def start(self, core: Core, tracing: Tracing) -> None:
