@@ -27,6 +27,7 @@ class Scripted(rpc.CoordinatorServicer):
         self.loads: list[pb.LoadRequest] = []
         self.metadata: list[dict[str, str]] = []
         self.chunks = 0
+        self.held = 0  # calls of `hang` that have come to their end
         self.models = [pb.ModelInfo(name="double", version="1", serving=True)]
         self.health = pb.HealthResponse(
             serving=True,
@@ -54,6 +55,7 @@ class Scripted(rpc.CoordinatorServicer):
         answer = pb.ForwardResponse(model=request.model, version="1", request_id=request.request_id)
         if request.model == "hang":
             self.release.wait(20)
+            self.held += 1
         elif request.model not in ("double", "echo"):
             context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.model!r}")
         for tensor in request.inputs:

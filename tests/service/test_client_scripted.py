@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import doctest
 import threading
-import time
 
 import grpc
 import numpy as np
@@ -254,9 +253,8 @@ def test_cancelling_an_async_call_ends_it(server):
             with pytest.raises(asyncio.CancelledError):
                 await task
 
-    begin = time.monotonic()
     asyncio.run(run())
-    assert time.monotonic() - begin < 15  # the server would have held it for 20
+    assert server[1].held == 0  # it was not waited for
 
 
 @pytest.mark.parametrize("module", [coordinator.client, sync])

@@ -22,6 +22,7 @@ from coordinator.client import AsyncClient, Client, RequestError
 from coordinator.supervisor.local import LocalCluster
 from tests.service.cluster import FACTORIES, ROOT, cluster, events, until
 
+pytestmark = pytest.mark.timeout(150)  # a cluster's start is a second or two, and far more on a busy machine
 X = np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 16)
 TYPES = (
     "float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool",
