@@ -62,6 +62,9 @@ def from_rpc(error: grpc.RpcError, request_id: str = "") -> RequestError:
         return error
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = error.details() if hasattr(error, "details") else str(error)
+    if code is grpc.StatusCode.CANCELLED:
+        # Our own cancellation is no RpcError: a server that ends takes back what it had not yet handed to anybody.
+        code, details = grpc.StatusCode.UNAVAILABLE, f"the server ended the call: {details}"
     trailing = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
     metadata: dict[str, str | bytes] = dict(cast(Iterable[Any], trailing or ()))
     return RequestError(
