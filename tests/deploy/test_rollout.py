@@ -1,7 +1,7 @@
 """A rolling update of the coordinator's Deployment under load: clients with retries lose no request.
 
 As Kubernetes does it (maxSurge 1, maxUnavailable 1): the new pod starts and stands by; after its preStop pause the old
-one gets SIGTERM, drains, and gives its ranks back; the new one takes them, is ready, and gets the Service's connections.
+one gets SIGTERM, drains, and gives its ranks back; the new one takes them, is ready, and gets new connections.
 """
 
 from __future__ import annotations
