@@ -7,6 +7,7 @@ import gc
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from shardd.core import Built
 
 KEEP_SECONDS = 1.0
+SWITCH_SECONDS = 0.001
 QUIET_SECONDS = 0.5
 """No forward for so long, two heartbeats, means that the coordinator has heard of the draining and sends no more."""
 LEAVE_SECONDS = 5.0
@@ -103,6 +105,9 @@ class Daemon:
         environment.prepare(
             os.environ, threads=config.threads, world_size=config.world_size, interface=config.interface
         )
+        # While a model is being planned the executor waits this long for the interpreter after each blocking call;
+        # with the usual 5 ms it would get a third of the turns that it gets so.
+        sys.setswitchinterval(SWITCH_SECONDS)
         gc.disable()
         from shardd.core import build
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from protos.tensor_parallel.v1 import shard_pb2
+from protos.tensor_parallel.v1 import coordinator_pb2, shard_pb2
 from tests.service import shard_models
 from tests.service.daemons import Daemons, wait_for
 from tests.service.shard_client import Rank, Ranks, StreamChannel, array, wire
@@ -19,6 +19,7 @@ from tests.service.shard_client import Rank, Ranks, StreamChannel, array, wire
 MLP, MOODY = "tests.service.shard_models:mlp", "tests.service.shard_models:moody"
 FACTORIES = ["--allow-factory", "tests.service.shard_models:mlp", "--allow-factory", "tests.service.shard_models:moody"]
 PROBE = shard_pb2.Probe()
+QUICK = coordinator_pb2.LoadOptions(verify=False)
 
 
 @pytest.fixture(scope="module", params=["gloo", "shm"])
@@ -36,8 +37,8 @@ def ranks(daemons: Daemons) -> Iterator[Ranks]:
         if not member.alive:
             daemons.restart(rank)
     with Ranks(daemons.addresses) as made:
-        made.load("mlp", MLP)
-        made.load("moody", MOODY)
+        made.load("mlp", MLP, options=QUICK)
+        made.load("moody", MOODY, options=QUICK)
         made.form()
         yield made
 
@@ -185,7 +186,7 @@ def test_a_killed_rank_is_told_at_once_and_replaced(daemons: Daemons, ranks: Ran
     assert ranks[0].status().state == "BROKEN"
     daemons.restart(1)
     for name, path in (("mlp", MLP), ("moody", MOODY)):
-        ranks[1].load(name, path)
+        ranks[1].load(name, path, options=QUICK)
     ranks.form()
     assert_serves(ranks)
     after = ranks[0].status()
@@ -350,7 +351,7 @@ def test_bad_store_addresses(ranks: Ranks) -> None:
 
 def test_activation_and_unloading_are_ordered(ranks: Ranks) -> None:
     x = inputs()
-    ranks.load("mlp", MLP, version="2")
+    ranks.load("mlp", MLP, version="2", options=QUICK)
     [first, _] = ranks.execute("mlp", version="2", x=x)
     assert first.failure.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
     ranks.send(activate=shard_pb2.ActivateModel(name="mlp", version="2"))
