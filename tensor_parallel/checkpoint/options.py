@@ -21,7 +21,7 @@ DTYPES = {
 )
 }  # fmt: skip
 
-_EXAMPLE_SIZES = (2, 16, 24, 32)  # of the first, second, ... free dimension
+_EXAMPLE_SIZES = (2, 16, 24, 32)  # of the first, second, ... dimension where it is free
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,9 @@ class InputOption:
 
     def example(self, seed: int = 0) -> Tensor:
         """A small tensor of this description, the same at every call."""
-        free = iter((*_EXAMPLE_SIZES, *[8] * len(self.shape)))
-        return random_input(
-            [next(free) if size is None else size for size in self.shape], self.dtype, self.low, self.high, seed
-        )
+        usual = (*_EXAMPLE_SIZES, *[8] * len(self.shape))  # by position: inputs that share a dimension agree on it
+        shape = [usual[dim] if size is None else size for dim, size in enumerate(self.shape)]
+        return random_input(shape, self.dtype, self.low, self.high, seed)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class ArchiveSource(Source):
 
     def example_inputs(self) -> dict[str, Tensor]:
         if self.options.inputs:
-            return given_inputs(self.options.inputs)
+            return self._given()
         examples = {}
         for seed, given in enumerate(self._program.inputs):
             if torch.Size(given.hints).numel() > _MAX_EXAMPLE:
@@ -73,6 +73,18 @@ class ArchiveSource(Source):
                 )
             examples[given.name] = random_input(given.hints, given.dtype, seed=seed)
         return examples
+
+    def _given(self) -> dict[str, Tensor]:
+        """Example inputs of the given specs, which must be those of the program."""
+        given, wanted = given_inputs(self.options.inputs), {entry.name: entry for entry in self._program.inputs}
+        if set(given) != set(wanted):
+            raise InvalidInput(f"option inputs: the program takes {', '.join(wanted)}, not {', '.join(given)}")
+        for name, value in given.items():
+            if value.dtype != wanted[name].dtype:
+                got, want = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, wanted[name].dtype))
+                raise InvalidInput(f"option inputs: {name} is {got}, the program takes {want}")
+        self._constraints.check({name: value.shape for name, value in given.items()})
+        return given
 
     def constraints(self) -> Constraints:
         return self._constraints

@@ -19,7 +19,7 @@ from tensor_parallel.checkpoint.expression import Box, Compute, Job, Node, Trans
 from tensor_parallel.checkpoint.stored import StoredTensor
 
 STAGING_BYTES = 8 << 20
-SMALL_GAP_BYTES = 4096  # reading a page more costs about as much as another call
+SMALL_GAP_BYTES = 2048  # reading so much more costs about as much as another call
 
 
 @dataclass(frozen=True)

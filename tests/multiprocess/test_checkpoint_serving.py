@@ -115,14 +115,14 @@ FAMILIES: dict[str, tuple[str, int, tuple[str, ...], float]] = {
 }
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(("family", "ranks"), [*((family, 2) for family in FAMILIES), ("bert", 3), ("mixtral", 3)])
 def test_a_checkpoint_served_by_ranks_answers_as_transformers(
     family: str, ranks: int, saved: Callable[[str], Path]
 ) -> None:
     output, vocabulary, names, share = FAMILIES[family]
     path, inputs = saved(family), text_inputs(vocabulary, *names)
-    answers = on_ranks(ranks, partial(serve, path=str(path), options={"dtype": "float32"}, inputs=inputs), timeout=100)
+    answers = on_ranks(ranks, partial(serve, path=str(path), options={"dtype": "float32"}, inputs=inputs), timeout=150)
     source = open_source(path)
     model = type(source.build_meta()).from_pretrained(path, dtype=torch.float32)
     with torch.inference_mode():
@@ -178,7 +178,8 @@ def test_a_factory_served_by_ranks_answers_as_its_model() -> None:
     answers = on_ranks(2, partial(serve, path="tests.checkpoints:make_mlp", options=options, inputs=inputs))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        want = checkpoints.make_mlp(hidden=24)(**inputs)
+        with torch.inference_mode():
+            want = checkpoints.make_mlp(hidden=24)(**inputs)
     assert difference(joined(answers)["hidden"], want["hidden"]) < 1e-5
 
 

@@ -76,8 +76,14 @@ def test_inputs_are_named_and_sized_as_exported(archive: Path) -> None:
 def test_options_that_make_no_sense_here_are_refused(archive: Path) -> None:
     with pytest.raises(InvalidInput, match="dtype"):
         open_source(archive, options={"dtype": "bfloat16"})
-    spec = {"name": "x", "dtype": "float32", "shape": [None, None, 16]}
-    assert list(open_source(archive, options={"inputs": [spec]}).example_inputs()) == ["x"]
+    specs: list[dict[str, Any]] = [
+        {"name": "x", "dtype": "float32", "shape": [4, None, 16]},
+        {"name": "mask", "dtype": "float32", "shape": [4, None]},
+    ]
+    assert open_source(archive, options={"inputs": specs}).example_inputs()["x"].shape == (4, 16, 16)
+    specs[1]["shape"] = [None, None]
+    with pytest.raises(InvalidInput, match="must be equal"):
+        open_source(archive, options={"inputs": specs}).example_inputs()
 
 
 class Shaped(nn.Module):

@@ -1,0 +1,112 @@
+"""A model served by one rank: what it reports, what it refuses, and that its weights are watched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensor_parallel import serving
+from tensor_parallel.checkpoint import Source, open_source
+from tensor_parallel.errors import DoesNotFit, InvalidInput, LoadCancelled, PlanError
+from tensor_parallel.group import Group
+from tensor_parallel.serving import ServedModel, load_model
+from tests import checkpoints
+
+CPU = torch.device("cpu")
+
+
+def load(source: Source, **options: object) -> ServedModel:
+    return load_model(source, world_size=1, rank=0, device=CPU, group=Group(0, 1), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.mlp_archive(tmp_path_factory.mktemp("archive") / "model.pt2")
+
+
+def test_it_answers_and_reports_what_it_is(archive: Path) -> None:
+    source = open_source(archive)
+    seen: list[tuple[int, int]] = []
+    model = load(source, progress=lambda done, total: seen.append((done, total)))
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        want = checkpoints.make_mlp()(**checkpoints.mlp_inputs())
+    got = model.run(checkpoints.mlp_inputs())
+    assert list(got) == ["hidden", "pooled.mean", "parts.0", "parts.1"] == [output.name for output in model.outputs]
+    assert torch.allclose(got["hidden"], want["hidden"], atol=1e-6)
+    assert not got["hidden"].requires_grad
+    assert model.bytes_held == source.total_bytes == seen[-1][0]
+    assert model.source_digest == source.digest()
+    assert len(model.plan_digest) > 16
+    assert model.peak_bytes > model.bytes_held
+    assert sorted(spec.name for spec in model.inputs) == ["mask", "x"]
+    assert model.optional_inputs == frozenset()
+
+
+def test_two_loads_hold_the_same_and_a_changed_weight_shows(archive: Path) -> None:
+    first, second = load(open_source(archive)), load(open_source(archive))
+    assert first.shard_digest == second.shard_digest
+    assert first.checksum() == second.checksum()
+    with torch.no_grad():
+        weight = next(iter(second._module.parameters()))
+        weight[0] += 1
+    assert first.checksum() != second.checksum()
+
+
+def test_sizes_are_checked_against_each_other(archive: Path) -> None:
+    model = load(open_source(archive))
+    inputs = checkpoints.mlp_inputs()
+    model.validate(inputs)
+    with pytest.raises(InvalidInput, match="must be equal"):
+        model.validate(inputs | {"mask": torch.ones(3, 4)})
+    with pytest.raises(InvalidInput, match="mask is missing"):
+        model.validate({"x": inputs["x"]})
+
+
+def test_a_rank_that_has_no_room_says_so(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "available_bytes", lambda device: 100)
+    with pytest.raises(DoesNotFit, match="rank 0"):
+        load(open_source(archive))
+
+
+@pytest.mark.parametrize("checks", [0, 1, 2])
+def test_a_load_is_cancelled_at_any_stage(checks: int, archive: Path) -> None:
+    asked: list[None] = []
+
+    def cancelled() -> bool:
+        asked.append(None)
+        return len(asked) > checks
+
+    with pytest.raises(LoadCancelled):
+        load(open_source(archive), cancelled=cancelled)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "reason"),
+    [
+        ({"shape": [None, None, 15]}, {}, "dimension 2, the model takes 16"),
+        ({"dtype": "float64"}, {}, "float64, the program takes float32"),
+        ({}, {"name": "other"}, "x, mask|mask, x"),
+        ({}, {"shape": [7, None]}, "must be equal"),
+    ],
+)
+def test_given_inputs_must_be_those_of_the_program(
+    x: dict[str, object], mask: dict[str, object], reason: str, archive: Path
+) -> None:
+    specs = [
+        {"name": "x", "dtype": "float32", "shape": [None, None, 16], **x},
+        {"name": "mask", "dtype": "float32", "shape": [None, None], **mask},
+    ]
+    with pytest.raises(InvalidInput, match=reason):
+        load(open_source(archive, options={"inputs": specs}))
+
+
+def test_a_model_that_cannot_be_traced_at_all_is_a_plan_error(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("in the model's own code")
+
+    monkeypatch.setattr("tensor_parallel.planner.make_plan", fail)
+    with pytest.raises(PlanError, match=r"model\.pt2 cannot be planned: ZeroDivisionError"):
+        load(open_source(archive))
