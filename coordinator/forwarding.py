@@ -73,7 +73,7 @@ class Forwarder:
         self.requests -= 1
         if not self.requests:
             self._idle.set()
-        if not entry.users:
+        if not entry.users and entry in self._catalog.retiring:
             self._fleet.changed.ring()
 
     def generation_ended(self, ending: Ending) -> None:
