@@ -1,10 +1,10 @@
 """Build step: compiles ``protos/**/*.proto`` into Python, for wheels and for editable installs.
 
-``tensor_parallel/v1`` becomes ordinary ``_pb2`` and ``_pb2_grpc`` modules.  They are compiled from the repository root, so
-that they import as ``protos.tensor_parallel.v1...``: compiled from ``protos/`` they would import the ``tensor_parallel``
-library, and with it torch, into the coordinator.  ``inference`` (the Open Inference Protocol) becomes one descriptor file,
-which the server loads into a descriptor pool of its own: the default pool refuses a second package of that name beside
-``tritonclient``'s in one process.
+``tensor_parallel/v1`` becomes ordinary ``_pb2`` and ``_pb2_grpc`` modules.  They are compiled from the repository
+root, so that they import as ``protos.tensor_parallel.v1...``: compiled from ``protos/`` they would import the
+``tensor_parallel`` library, and with it torch, into the coordinator.  ``inference`` (the Open Inference Protocol)
+becomes one descriptor file, which the server loads into a descriptor pool of its own: the default pool refuses a second
+package of that name beside ``tritonclient``'s in one process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DESCRIPTORS = INFERENCE / "descriptors.binpb"
 
 
 def compile_stubs(out: Path) -> list[Path]:
-    """Compiles everything below ``out`` and returns the files made, relative to it. Raises RuntimeError on a bad proto."""
+    """Compiles everything below ``out``; returns the files made, relative to it. Raises RuntimeError on a bad proto."""
     import grpc_tools
     from grpc_tools import protoc
 
@@ -31,7 +31,11 @@ def compile_stubs(out: Path) -> list[Path]:
     flags = [f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
     if protoc.main([*common, *flags, *sources]) != 0:
         raise RuntimeError(f"protoc failed on {', '.join(sources)}")
-    made = [PACKAGE / (Path(source).stem + suffix) for source in sources for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")]
+    made = [
+        PACKAGE / (Path(source).stem + suffix)
+        for source in sources
+        for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
+    ]
     inference = sorted(str(path.relative_to(ROOT)) for path in (ROOT / INFERENCE).glob("*.proto"))
     if inference:
         (out / INFERENCE).mkdir(parents=True, exist_ok=True)
@@ -42,7 +46,7 @@ def compile_stubs(out: Path) -> list[Path]:
 
 
 class BuildPy(build_py):  # type: ignore[misc]
-    """setuptools' ``build_py`` with the stubs added; an editable install gets them in the source tree (git ignores them)."""
+    """setuptools' ``build_py`` with the stubs added; an editable install gets them in the source tree."""
 
     def run(self) -> None:
         super().run()

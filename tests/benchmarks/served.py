@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,9 @@ def served(triton_venv: Path | None, *, repeats: int = 300, seconds: float = 5.0
     """Linear(1024, 4096) - ReLU - Linear(4096, 1024): ours on 2 ranks, the floors and Triton, in one run."""
     report = Report("served MLP 1024-4096", "python -m tests.benchmarks served")
     for threads in (1, 2):
-        call = in_process(WIDTH, HIDDEN, threads)
-        row = {
-            f"{name} ms": median_ms(timed(lambda x=x: call(x), repeats=repeats, seconds=5))
-            for name, x in inputs().items()
-        }
-        report.add(server=f"torch in process, {threads} threads", **row)
+        report.add(server=f"torch in process, {threads} threads", **_row(in_process(WIDTH, HIDDEN, threads), repeats))
     with bare_grpc(WIDTH, HIDDEN, 2) as call:
-        row = {
-            f"{name} ms": median_ms(timed(lambda x=x: call(x), repeats=repeats, seconds=5))
-            for name, x in inputs().items()
-        }
-        report.add(server="bare grpc.aio, one process", **row)
+        report.add(server="bare grpc.aio, one process", **_row(call, repeats))
     with up(2, extra=["--allow-factory", FACTORY]) as target:
         load(target, "mlp", FACTORY, width=WIDTH, hidden=HIDDEN)
         report.add(server="this service, 2 ranks", **measure(target, "mlp", repeats=repeats, seconds=seconds))
@@ -69,6 +61,11 @@ def served(triton_venv: Path | None, *, repeats: int = 300, seconds: float = 5.0
                 report.add(server=f"Triton python backend, {threads} threads", **row)
     _ratios(report)
     return report
+
+
+def _row(call: Callable[[np.ndarray], np.ndarray], repeats: int) -> dict[str, float]:
+    cases = inputs().items()
+    return {f"{name} ms": median_ms(timed(lambda x=x: call(x), repeats=repeats, seconds=5)) for name, x in cases}
 
 
 def _ratios(report: Report) -> None:
