@@ -158,9 +158,10 @@ def _resolve(build: Any, model: Any, stored: Mapping[str, StoredTensor], dtype: 
 
 def without_weights(build: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     """The model as its config alone describes it: weights on the meta device, buffers computed."""
-    model = _empty_model(build, config, dtype)
-    model.tie_weights()
-    _compute_the_rest(model, set())
+    with _resolving:
+        model = _empty_model(build, config, dtype)
+        model.tie_weights()
+        _compute_the_rest(model, set())
     found: nn.Module = model.eval()
     return found
 

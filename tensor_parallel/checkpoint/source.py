@@ -137,7 +137,9 @@ def _leave_weights_out(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     read: dict[int, Tensor] = {}
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         if isinstance(buffer, LazyTensor) or buffer.device.type == "meta":
-            value = tensors[name]
+            value = tensors.setdefault(
+                name, torch.zeros(buffer.shape, dtype=buffer.dtype)
+            )  # a config alone has no value
             if isinstance(value, LazyTensor):
                 if id(value) not in read:
                     read[id(value)] = read_whole(value.node)
