@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from queue import SimpleQueue
 
 import grpc
@@ -127,6 +128,7 @@ class Engine:
         response = Response(generation=request.generation, seq=request.seq)
         kind = request.WhichOneof("command") or "none"
         self._progress.begin()
+        begun = self._collectives()
         try:
             self._command(kind, channel, request, response)
             verdict = None
@@ -138,7 +140,14 @@ class Engine:
             self._progress.finish(forward=kind == "execute")
         self._metrics.command("ok" if verdict is None else verdict.code.name)
         if verdict is not None:
+            if count := self._collectives() - begun:
+                verdict = replace(verdict, kind=f"{verdict.kind}@{count}")  # see Failure in shard.proto
             self._fail(session, channel, request, response, verdict)
+
+    def _collectives(self) -> int:
+        stats = self._group.stats
+        reducing = stats.all_reduces + stats.reduce_scatters
+        return reducing + stats.all_gathers + stats.broadcasts + stats.barriers + stats.size_exchanges
 
     def _command(self, kind: str, channel: Channel, request: Request, response: Response) -> None:
         if kind == "execute":

@@ -9,8 +9,8 @@ import time
 import torch
 from torch import nn
 
-RAISE, MEMORY, SLEEP, NAP, MEMORY_ONE, RAISE_ONE, DIE_ONE = 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0
-"""What ``x[0, 0]`` asks a ``Moody`` for: on every rank, or (ONE) on rank 1 alone."""
+RAISE, MEMORY, SLEEP, NAP, MEMORY_ONE, RAISE_ONE, DIE_ONE, MEMORY_APART = 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0
+"""What ``x[0, 0]`` asks a ``Moody`` for: everywhere; (ONE) on rank 1 alone; (APART) on rank 0 a layer before the rest."""
 
 
 class Mlp(nn.Module):
@@ -28,13 +28,20 @@ class Moody(Mlp):
     """An Mlp that fails in the middle, after its first layer, when ``x[0, 0]`` asks for it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mood = float(x[0, 0])
+        if mood == MEMORY_APART and is_first():
+            misbehave(MEMORY)
         hidden = torch.relu(self.up(x))
-        misbehave(float(x[0, 0]))
+        misbehave(MEMORY if mood == MEMORY_APART else mood)
         return self.down(hidden)
 
 
+def is_first() -> bool:
+    return sys.argv[sys.argv.index("--rank") + 1] == "0"
+
+
 def misbehave(mood: float) -> None:
-    first = sys.argv[sys.argv.index("--rank") + 1] == "0"
+    first = is_first()
     if mood == RAISE or (mood == RAISE_ONE and not first):
         raise ValueError("the model is in a bad mood")
     if mood == MEMORY or (mood == MEMORY_ONE and not first):

@@ -171,6 +171,21 @@ def test_an_uneven_error_is_told_by_one_and_fenced_away(ranks: Ranks, mood: floa
     assert [rank.status().loads for rank in ranks.ranks] == loads
 
 
+def test_errors_alike_at_different_collectives_are_told_apart(ranks: Ranks) -> None:
+    """Both ranks run out of memory, but rank 1 one all-gather later: it has taken rank 0's next one for this one."""
+    apart, next_one = (
+        shard_pb2.ExecuteModel(model="moody", version="1", inputs=[wire("x", inputs(mood))])
+        for mood in (shard_models.MEMORY_APART, 0.0)
+    )
+    ranks.send(execute=apart)
+    ranks.channels[0].send(1, execute=next_one)
+    first, second = (channel.receive().failure for channel in ranks.channels)
+    assert first.code == second.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert (first.kind, second.kind) == ("OutOfMemory", "OutOfMemory@1")
+    ranks.form()
+    assert_serves(ranks)
+
+
 def test_a_killed_rank_is_told_at_once_and_replaced(daemons: Daemons, ranks: Ranks) -> None:
     before = ranks[0].status()
     command = shard_pb2.ExecuteModel(model="moody", version="1", inputs=[wire("x", inputs(shard_models.DIE_ONE))])
