@@ -5,6 +5,7 @@ One machine for all of them, in this order. The seconds that each took are print
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -67,6 +68,15 @@ def test_start_to_first_answer(service: Service) -> None:
     for unit in (*DAEMONS, "coordinator.service"):
         shown = service.host.show(unit, "ActiveState", "SubState", "NRestarts", "User")
         assert shown == {"ActiveState": "active", "SubState": "running", "NRestarts": "0", "User": "tensor-parallel"}
+    # Confined as they are, coordinator and daemons still share memory.
+    assert _events(service, "coordinator.service", "generation_ready")[-1]["channels"] == ["local", "local"]
+    assert _events(service, "coordinator.service", "join")[-1]["backend"] == "shm"
+
+
+def _events(service: Service, unit: str, name: str) -> list[dict]:
+    lines = service.host.journal(f"--unit={unit}").splitlines()
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    return [event for event in events if event["event"] == name]
 
 
 def test_a_killed_daemon_comes_back_alone(service: Service) -> None:

@@ -124,9 +124,9 @@ ON_CPU = {"--device=cuda": "--device=cpu"}
 
 @pytest.mark.parametrize(
     "cluster",
-    [("overlays/cpu", {}), ("tls", {}), ("base", ON_CPU)],
+    [("tls", {}), ("base", ON_CPU)],
     indirect=True,
-    ids=["cpu", "cpu with tls", "base without GPUs"],
+    ids=["cpu with tls", "base without GPUs"],
 )
 def test_pods_serve_as_written(cluster: Cluster) -> None:
     for container in cluster.containers:

@@ -95,7 +95,9 @@ def test_nothing_that_breaks_nccl_is_set() -> None:
         "PrivateUsers", "ProcSubset", "MemoryDenyWriteExecute", "IPAddressDeny", "NetworkNamespacePath",
     }  # fmt: skip
     coordinator = (UNITS / "coordinator.service").read_text(encoding="utf-8")
-    assert not re.search(r"^(DynamicUser|PrivateDevices|PrivateNetwork|PrivateIPC|PrivateUsers)=", coordinator, re.M)
+    assert not re.search(
+        r"^(DynamicUser|PrivateDevices|PrivateNetwork|PrivateIPC|PrivateUsers|ProcSubset)=", coordinator, re.M
+    )
 
 
 def test_newer_systemd_backs_off() -> None:

@@ -13,12 +13,12 @@ _Value = TypeVar("_Value")
 DEADLINE = 60.0
 
 
-def until(condition: Callable[[], _Value], what: str, *, deadline: float = DEADLINE) -> _Value:
+def until(condition: Callable[[], _Value], what: str, *, deadline: float = DEADLINE, pause: float = 0.02) -> _Value:
     """The first true value of ``condition``; AssertionError after ``deadline`` seconds."""
     limit = time.monotonic() + deadline
     while not (value := condition()):
         assert time.monotonic() < limit, f"waited {deadline:g} s for {what}"
-        time.sleep(0.05)
+        time.sleep(pause)
     return value
 
 
@@ -37,7 +37,7 @@ def served(client: Client, model: Model, *, deadline: float = DEADLINE) -> float
 
     last: RequestError | None = None
     try:
-        until(answered, "an answer", deadline=deadline)
+        until(answered, "an answer", deadline=deadline, pause=0.1)
     except AssertionError as error:
         raise AssertionError(f"{error}; last: {last}") from last
     return time.monotonic() - begun
