@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tensor_parallel.checkpoint.load import Loaded, load_shards
@@ -52,7 +53,7 @@ def open_source(
         return ArchiveSource(found, parsed)
     from tensor_parallel.checkpoint.huggingface import HuggingFaceSource
 
-    return HuggingFaceSource(found, parsed)
+    return HuggingFaceSource(found, parsed, Path("/" if model_root is None else model_root))
 
 
 def _kind_of(text: str) -> str:

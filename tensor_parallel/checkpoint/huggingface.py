@@ -22,7 +22,8 @@ class HuggingFaceSource(Source):
 
     kind = "hf"
 
-    def __init__(self, path: Path, options: SourceOptions) -> None:
+    def __init__(self, path: Path, options: SourceOptions, root: Path | None = None) -> None:
+        """``root``: what the files' links may not lead out of; the directory itself when None."""
         super().__init__(path, options)
         if not path.is_dir():
             raise CheckpointError(f"{path.name} is not a directory with config.json and safetensors")
@@ -33,8 +34,8 @@ class HuggingFaceSource(Source):
                 "Hugging Face directories need the package transformers, which is not installed"
             ) from None
         self._library = huggingface_model
-        self._described = read_config(path)
-        self._stored = read_tensors(path)
+        self._described = read_config(path, root)
+        self._stored = read_tensors(path, root)
 
     @cached_property
     def _config(self) -> Any:

@@ -24,9 +24,9 @@ _CODE_KEYS = frozenset({
 })  # fmt: skip
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path, root: Path | None = None) -> dict[str, Any]:
     """The parsed ``config.json`` without what would choose code to run. Raises :class:`CheckpointError`."""
-    config = _read_json(directory / CONFIG, directory, _MAX_CONFIG_BYTES)
+    config = _read_json(directory / CONFIG, directory, _MAX_CONFIG_BYTES, root)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{CONFIG} has no model_type")
     if config.get("quantization_config"):
@@ -38,18 +38,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     return cleaned
 
 
-def read_tensors(directory: Path) -> dict[str, StoredTensor]:
+def read_tensors(directory: Path, root: Path | None = None) -> dict[str, StoredTensor]:
     """Every tensor of the directory by its stored name. Raises :class:`CheckpointError` naming what is missing or
     wrong.
     """
     if (directory / SINGLE).exists() or (directory / SINGLE).is_symlink():
-        return read_header(StoredFile(directory / SINGLE, directory))
+        return read_header(StoredFile(directory / SINGLE, directory, root))
     if not (directory / INDEX).exists():
         raise CheckpointError(_why_no_weights(directory))
-    index = _read_json(directory / INDEX, directory, _MAX_INDEX_BYTES).get("weight_map")
+    index = _read_json(directory / INDEX, directory, _MAX_INDEX_BYTES, root).get("weight_map")
     if not isinstance(index, dict) or not all(_is_file_name(file) for file in index.values()):
         raise CheckpointError(f"{INDEX}: weight_map must map tensor names to safetensors files of the same directory")
-    headers = {file: read_header(StoredFile(directory / file, directory)) for file in sorted(set(index.values()))}
+    headers = {file: read_header(StoredFile(directory / file, directory, root)) for file in sorted(set(index.values()))}
     for name, file in index.items():
         if name not in headers[file]:
             raise CheckpointError(f"{INDEX} places tensor {name} in {file}, which does not hold it")
@@ -62,9 +62,9 @@ def read_tensors(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_json(path: Path, directory: Path, limit: int) -> dict[str, Any]:
+def _read_json(path: Path, directory: Path, limit: int, root: Path | None) -> dict[str, Any]:
     try:
-        value = json.loads(read_small(path, directory, limit))
+        value = json.loads(read_small(path, directory, limit, root))
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -23,9 +23,9 @@ class StoredFile:
     more.
     """
 
-    def __init__(self, path: Path, directory: Path) -> None:
+    def __init__(self, path: Path, directory: Path, root: Path | None = None) -> None:
         self.name = str(path.relative_to(directory)) if path != directory else path.name
-        self.descriptor = open_regular(path, directory)
+        self.descriptor = open_regular(path, directory, root)
         weakref.finalize(self, os.close, self.descriptor)
         self.size = os.fstat(self.descriptor).st_size
 
