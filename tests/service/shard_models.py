@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 RAISE, MEMORY, SLEEP, NAP, MEMORY_ONE, RAISE_ONE, DIE_ONE, MEMORY_APART = 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0
-"""What ``x[0, 0]`` asks a ``Moody`` for: everywhere; (ONE) on rank 1 alone; (APART) on rank 0 before the first layer."""
+"""What ``x[0, 0]`` asks a ``Moody`` for: everywhere; (ONE) on rank 1 alone; (APART) on rank 0 a layer earlier."""
 
 
 class Mlp(nn.Module):
