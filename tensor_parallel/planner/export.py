@@ -7,6 +7,7 @@ megabytes. Mutation that remains after functionalisation is refused: a gathered 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
     shapes = None
     if free != "none":
         named = dict(zip(_positional_names(model, len(args)), args, strict=False)) | kwargs
-        shapes = {name: pytree.tree_map(dims, value) for name, value in named.items()}
+        shapes = _nested(model, {name: pytree.tree_map(dims, value) for name, value in named.items()})
     loggers = [logging.getLogger(name) for name in ("torch.fx", "torch._export", "torch.fx.experimental.symbolic_shapes")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -163,9 +164,17 @@ def _is_functional(exported: torch.export.ExportedProgram, training: bool) -> bo
     return True
 
 
-def _positional_names(model: nn.Module, count: int) -> list[str]:
-    import inspect
+def _nested(model: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that the model takes as ``**kwargs`` lie under that name."""
+    parameters = inspect.signature(model.forward).parameters
+    rest = next((name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    extra = {name: shape for name, shape in shapes.items() if name not in parameters}
+    if rest is None or not extra:
+        return shapes
+    return {name: shape for name, shape in shapes.items() if name in parameters} | {rest: extra}
 
+
+def _positional_names(model: nn.Module, count: int) -> list[str]:
     return list(itertools.islice(inspect.signature(model.forward).parameters, count))
 
 

@@ -237,7 +237,7 @@ class Prover(Engine):
         for known_dim, known_owners, ref in value.parts:
             if known_dim == dim and same(known_owners, owners):
                 return ref
-        if any(len(o) != shape[dim] for o, shape in zip(owners, value.shapes, strict=True)):
+        if any(dim >= len(shape) or len(o) != shape[dim] for o, shape in zip(owners, value.shapes, strict=True)):
             raise Unproven("sizes differ")
         ref = self._take(value, dim, owners)
         value.parts.append((dim, owners, ref))

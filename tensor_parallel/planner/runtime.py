@@ -72,7 +72,7 @@ class AllGather:
     def _close(self, whole: Tensor) -> Tensor:
         dim = self.dim + (1 if self.outer == -1 else 0)
         if self.order is not None:
-            whole = whole.index_select(dim, torch.tensor(self.order, device=whole.device))
+            whole = whole.index_select(dim, torch.tensor(self.order, dtype=torch.long, device=whole.device))
         if self.outer == -1 or (self.inner == -1 and self.order is not None):
             whole = whole.flatten(self.dim, self.dim + 1)
         return whole
@@ -101,16 +101,16 @@ def take_range(value: Tensor, dim: int, start: int, length: int) -> Tensor:
 
 def take_indices(value: Tensor, dim: int, index: tuple[int, ...]) -> Tensor:
     """A rank's indices of a replicated value."""
-    return value.index_select(dim, torch.tensor(index, device=value.device))
+    return value.index_select(dim, torch.tensor(index, dtype=torch.long, device=value.device))
 
 
 def take_pattern(value: Tensor, dim: int, index: tuple[int, ...], base: int, outer: int, inner: int) -> Tensor:
     """A rank's indices of a dimension that is ``outer x base x inner`` long, one of which is free."""
     if outer == -1:
         opened = value.unflatten(dim, (value.shape[dim] // base, base))
-        return opened.index_select(dim + 1, torch.tensor(index, device=value.device)).flatten(dim, dim + 1)
+        return opened.index_select(dim + 1, torch.tensor(index, dtype=torch.long, device=value.device)).flatten(dim, dim + 1)
     opened = value.unflatten(dim, (base, value.shape[dim] // base))
-    return opened.index_select(dim, torch.tensor(index, device=value.device)).flatten(dim, dim + 1)
+    return opened.index_select(dim, torch.tensor(index, dtype=torch.long, device=value.device)).flatten(dim, dim + 1)
 
 
 def lookup_rows(weight: Tensor, ids: Tensor, starts: tuple[tuple[int, int, int], ...], size: int) -> Tensor:
@@ -216,4 +216,4 @@ def select_heads(value: Tensor, dim: int, index: tuple[int, ...]) -> Tensor:
     """For each local query head its key or value head, out of all of them."""
     if len(index) > 1 and all(b - a == 1 for a, b in zip(index, index[1:], strict=False)):
         return value.narrow(dim, index[0], len(index))
-    return value.index_select(dim, torch.tensor(index, device=value.device))
+    return value.index_select(dim, torch.tensor(index, dtype=torch.long, device=value.device))
