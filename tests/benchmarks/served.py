@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def inputs() -> dict[str, np.ndarray]:
 
 def load(target: str, name: str, factory: str, **arguments: Any) -> None:
     with Client(target) as client:
-        client.load(name, factory, kind="factory", arguments_json=json.dumps(arguments))
+        client.load(name, factory, kind="factory", arguments=arguments)
 
 
 def measure(target: str, model: str, *, repeats: int, seconds: float) -> dict[str, float]:
