@@ -27,8 +27,9 @@ def up(
     deadline: float = 90.0,
     log: Path | None = None,
 ) -> Iterator[str]:
-    """Yields ``host:port`` of a coordinator over ``ranks`` CPU daemons of ``threads`` threads each; their logs go to ``log``.
+    """Yields ``host:port`` of a coordinator over ``ranks`` CPU daemons of ``threads`` threads each.
 
+    Their logs go to ``log``.
     Raises RuntimeError with the end of the log when the cluster does not come up in ``deadline`` seconds.
     """
     with tempfile.TemporaryDirectory() as scratch:
