@@ -20,6 +20,7 @@ from coordinator.loading import Loader
 from coordinator.logging import get_logger
 from coordinator.metrics import Metrics
 from coordinator.regions import Regions, put
+from coordinator.restoring import Restorer
 from coordinator.types import InferRequest, InferResult, ModelStatistics, RegionRef
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import shard_pb2
@@ -53,6 +54,7 @@ class Core:
         )
         self._forwarder = Forwarder(config, self._catalog, self._fleet, metrics)
         self._loader = Loader(config, self._catalog, self._fleet, desired, metrics)
+        self._restorer = Restorer(config, self._catalog, self._fleet, self._loader)
         self._health = HealthView(config, self._catalog, self._fleet, self._forwarder)
         self._regions = Regions(config.shared_memory_prefix)
         self._reporter: asyncio.Task[None] | None = None
@@ -98,6 +100,7 @@ class Core:
             self._reporter.cancel()
         self._fleet.set_draining()
         self._forwarder.queue.fail_all(self._fleet.unavailable)
+        await self._restorer.close()
         await self._loader.stop()
         await self._fleet.stop()
         self._desired.close()
@@ -105,11 +108,11 @@ class Core:
     def _status_known(self, statuses: list[shard_pb2.StatusResponse]) -> None:
         self._statuses = statuses
         if self._adopting:
-            self._loader.adopt(statuses)
+            self._restorer.adopt(statuses)
 
     def _generation_ready(self, generation: Generation) -> None:
         self._adopting = False
-        self._loader.restore(generation, self._statuses)
+        self._restorer.restore(generation, self._statuses)
         self._forwarder.queue.pump()
 
     def _generation_ended(self, ending: Ending) -> None:

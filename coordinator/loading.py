@@ -1,4 +1,4 @@
-"""Loading, flipping, restoring and unloading models.
+"""Loading, flipping and unloading models.
 
 A new version is loaded on every rank beside what serves, its digests are compared, and one ordered command activates
 it; then the catalog flips, the desired state is written, and the old version leaves after its last request. Every
@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 
 import grpc
 
-from coordinator.catalog import HELD, Catalog, Digests, ModelVersion, disagreement, held
+from coordinator.catalog import Catalog, Digests, ModelVersion, disagreement, held
 from coordinator.commands import Activate, Unload
 from coordinator.config import Config
 from coordinator.desired import DesiredState
@@ -29,7 +29,6 @@ from protos.tensor_parallel.v1 import shard_pb2
 
 ACTIVATE_PATIENCE = 60.0  # seconds that what has been loaded waits for a generation to serve in
 PROGRESS_INTERVAL = 0.1  # seconds between messages of a load at most
-RESTORE_RETRY_FIRST, RESTORE_RETRY_MOST = 0.2, 10.0
 MAX_NAME = 256
 RESERVED = ("coordinator", "liveness", "readiness")
 
@@ -44,8 +43,9 @@ class Loader:
         for entry in desired.unloaded:
             catalog.note_unloaded(entry)
             catalog.note_version(entry.name, entry.version)
-        self._restoring: dict[str, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self.on_replaced: Callable[[str], None] = lambda name: None
+        """Called with a name whose version was replaced or unloaded."""
 
     # ---- a client's load
 
@@ -114,22 +114,22 @@ class Loader:
                 self._fleet.ranks,
                 entry,
                 None,
-                self._lease(),
+                self.lease(),
                 self._config.load_stall,
                 lambda: report.progress(loads),
             )
             loaded = await loads.run()
-            self._agree(entry, loaded, None)
+            self.agree(entry, loaded, None)
             report.stage(pb.LoadProgress.LOADED, loads)
             if loads.warnings and entry.info is not None:
                 entry.info.warnings.extend(w for w in loads.warnings if w not in entry.info.warnings)
-            generation = await self._activate(entry, report)
+            generation = await self.activate(entry, report)
             await prove(entry, generation)
             await self._flip(entry, generation)
             report.stage(pb.LoadProgress.SERVING, loads)
         except BaseException as error:
             self._catalog.loading.pop(entry.name, None)
-            self._spawn(self._free(entry))
+            self.spawn(self._free(entry))
             log.warning("load_failed", error=str(error) or type(error).__name__, seconds=loop.time() - started)
             result = error.code.name if isinstance(error, ServiceError) else "CANCELLED"
             self._metrics.load_seconds.labels(result).observe(loop.time() - started)
@@ -140,17 +140,17 @@ class Loader:
         log.info("load_finished", seconds=loop.time() - started, warnings=loads.warnings)
         self._metrics.load_seconds.labels("OK").observe(loop.time() - started)
 
-    def _agree(self, entry: ModelVersion, loaded: dict[int, shard_pb2.LoadedModel], expected: Digests | None) -> None:
+    def agree(self, entry: ModelVersion, loaded: dict[int, shard_pb2.LoadedModel], expected: Digests | None) -> None:
         difference = disagreement(sorted(loaded.items()), expected)
         if difference:
             raise FailedPrecondition(f"model {entry.label} cannot be served: {difference}")
         entry.adopt([loaded[rank] for rank in sorted(loaded)], self._config)
 
-    async def _activate(self, entry: ModelVersion, report: _Report | None = None) -> Generation:
+    async def activate(self, entry: ModelVersion, report: _Report | None = None) -> Generation:
         """What is loaded outlives a generation, so the flip waits for the next one if it must."""
         while True:
             generation = await self._fleet.await_ready(ACTIVATE_PATIENCE)
-            for rank, status in zip(self._fleet.ranks, await self._statuses(), strict=True):
+            for rank, status in zip(self._fleet.ranks, await self.statuses(), strict=True):
                 if held(status, entry.name, entry.version) is None:
                     raise Unavailable(f"rank {rank.index} lost what it had loaded", retry_after_ms=RETRY_MS)
             if report is not None:
@@ -162,10 +162,10 @@ class Loader:
                 if generation.alive:
                     raise
 
-    async def _statuses(self) -> list[shard_pb2.StatusResponse]:
+    async def statuses(self) -> list[shard_pb2.StatusResponse]:
         """Of every rank, now. Raises Unavailable."""
         try:
-            return await gather([rank.ask_status(self._lease()) for rank in self._fleet.ranks])
+            return await gather([rank.ask_status(self.lease()) for rank in self._fleet.ranks])
         except grpc.RpcError as error:
             raise Unavailable(f"a rank does not answer: {error.details()}", retry_after_ms=RETRY_MS) from None
 
@@ -175,7 +175,7 @@ class Loader:
         self._catalog.current[entry.name] = entry
         if previous is not None:
             self._retire(previous)
-        self._stop_restoring(entry.name)
+        self.on_replaced(entry.name)
         await asyncio.gather(self._fleet.refresh(), self.save())
 
     async def save(self) -> None:
@@ -199,7 +199,7 @@ class Loader:
                 raise FailedPrecondition(f"model {loading.label} is being loaded; cancel that first")
             raise NotFound(f"there is no model {name!r}")
         self._catalog.note_unloaded(entry)
-        self._stop_restoring(name)
+        self.on_replaced(name)
         self._metrics.forget_model(name)
         get_logger().info("unload", model=entry.label)
         self._fleet.changed.ring()
@@ -208,7 +208,7 @@ class Loader:
 
     def _retire(self, entry: ModelVersion) -> asyncio.Task[None]:
         self._catalog.retiring.append(entry)
-        return self._spawn(self._leave(entry))
+        return self.spawn(self._leave(entry))
 
     async def _leave(self, entry: ModelVersion) -> None:
         """Unloads after the last request. A generation that ends takes these with it, and the next one unloads."""
@@ -234,111 +234,21 @@ class Loader:
         except ServiceError as error:
             get_logger().info("unload_interrupted", model=entry.label, error=error.message)
 
-    # ---- coming back
-
-    def adopt(self, statuses: list[shard_pb2.StatusResponse]) -> None:
-        """Without a desired state: what is active on every rank is what was being served."""
-        for model in statuses[0].models:
-            everywhere = [held(status, model.name, model.version) for status in statuses]
-            if model.state != "ACTIVE" or any(copy is None for copy in everywhere):
-                continue
-            known = self._catalog.current.get(model.name)
-            if known is not None and _order(known.version) >= _order(model.version):
-                continue
-            options = pb.LoadOptions(batching=model.info.batching)
-            entry = ModelVersion(model.name, model.version, model.info.path, options, served=True)
-            self._catalog.current[model.name] = entry
-            self._catalog.note_version(model.name, model.version)
-            get_logger().info("model_adopted", model=entry.label)
-
-    def restore(self, generation: Generation, statuses: list[shard_pb2.StatusResponse]) -> None:
-        """In a new generation: loads what is wanted and missing, frees what is there and unwanted."""
-        strays = {(model.name, model.version) for status in statuses for model in status.models if model.state in HELD}
-        for name, version in strays - self._catalog.wanted():
-            self._spawn(forget(self._fleet.ranks, name, version))
-        for entry in self._catalog.current.values():
-            if entry.live_in == generation.number:
-                entry.served = True
-                self._spawn(prove(entry, generation))
-            elif entry.name not in self._restoring:
-                self._start_restoring(entry)
-
-    def _start_restoring(self, entry: ModelVersion) -> None:
-        task = asyncio.create_task(self._restore(entry))
-        self._restoring[entry.name] = task
-        task.add_done_callback(lambda _: self._restoring.pop(entry.name, None))
-
-    def _stop_restoring(self, name: str) -> None:
-        task = self._restoring.pop(name, None)
-        if task is not None and task is not asyncio.current_task():
-            task.cancel()
-
-    async def _restore(self, entry: ModelVersion) -> None:
-        """Until the model is live, or waiting cannot help."""
-        pause = RESTORE_RETRY_FIRST
-        log = get_logger(model=entry.label)
-        while self._catalog.current.get(entry.name) is entry:
-            if self._fleet.generation is None:
-                await self._fleet.changed.wait(1.0)
-                continue
-            try:
-                await self._restore_once(entry)
-            except ServiceError as error:
-                if error.retry_after_ms is None and not isinstance(error, Unavailable):
-                    entry.failure = error.message
-                    log.error("restore_failed", error=error.message)
-                    self._fleet.changed.ring()
-                    return
-                log.warning("restore_delayed", error=error.message)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, RESTORE_RETRY_MOST)
-                continue
-            log.info("model_restored", generation=entry.live_in)
-            await asyncio.gather(self._fleet.refresh(), self.save())
-            return
-
-    async def _restore_once(self, entry: ModelVersion) -> None:
-        statuses = await self._statuses()
-        loaded = {
-            rank: model for rank, status in enumerate(statuses) if (model := held(status, entry.name, entry.version))
-        }
-        lacking = [rank for rank in self._fleet.ranks if rank.index not in loaded]
-        known = entry.digests
-        expected = known if loaded else None
-        if loaded and expected is None:
-            survivor = next(iter(loaded.values()))
-            expected = Digests(survivor.source_digest, survivor.plan_digest)
-        loads = RankLoads(lacking, entry, expected, self._lease(), self._config.load_stall, lambda: None)
-        try:
-            loaded |= await loads.run()
-        except FailedPrecondition as error:
-            raise FailedPrecondition(_explain(error, entry, bool(loaded))) from None
-        self._agree(entry, loaded, expected)
-        if known is not None and entry.digests is not None and known.source != entry.digests.source:
-            warning = "the checkpoint has changed on disk since this version was first loaded"
-            get_logger().warning("checkpoint_changed", model=entry.label, path=entry.path)
-            if entry.info is not None:
-                entry.info.warnings.append(warning)
-        generation = await self._activate(entry)
-        await prove(entry, generation)
-        entry.failure, entry.live_in, entry.served = "", generation.number, True
-
     # ---- small things
 
-    def _lease(self) -> shard_pb2.Lease:
+    def lease(self) -> shard_pb2.Lease:
         return shard_pb2.Lease(owner=self._fleet.owner, duration_milliseconds=round(self._config.lease * 1e3))
 
-    def _spawn(self, job: object) -> asyncio.Task[None]:
+    def spawn(self, job: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.ensure_future(job)  # type: ignore[call-overload]
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
 
     async def stop(self) -> None:
-        tasks = [*self._restoring.values(), *self._background]
-        for task in tasks:
+        for task in self._background:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._background, return_exceptions=True)
 
 
 class _Report:
@@ -365,16 +275,3 @@ class _Report:
             message.model.CopyFrom(self._entry.info)
             message.model.serving = True
         self._send(message)
-
-
-def _order(version: str) -> tuple[int, str]:
-    return (int(version), "") if version.isdecimal() else (-1, version)
-
-
-def _explain(error: FailedPrecondition, entry: ModelVersion, survivors: bool) -> str:
-    if not survivors:
-        return error.message
-    return (
-        f"{error.message}. The surviving ranks still hold the weights that were loaded first; "
-        f"put the checkpoint at {entry.path!r} back as it was, or load it as a new version of {entry.name!r}"
-    )

@@ -103,8 +103,10 @@ class Cluster(Caller):
         daemon_arguments: Sequence[str] = (),
         module: str = "shardd",
         env: Mapping[str, str] | None = None,
+        await_serving: bool = True,
     ) -> None:
         self.directory = directory
+        self._await = await_serving
         self.arguments = list(arguments)
         factories = [f"--allow-factory=tests.service.{name}" for name in FACTORIES]
         self.daemons = Daemons(
@@ -116,7 +118,8 @@ class Cluster(Caller):
         try:
             self.coordinator = self.start_coordinator()
             super().__init__(self.coordinator.await_address())
-            self.await_serving()
+            if self._await:
+                self.await_serving()
         except BaseException:
             self.__exit__(None, None, None)
             raise

@@ -70,5 +70,7 @@ class LoadGenerator:
         return all(outcome.right for outcome in self.outcomes)
 
     def waited(self, moment: float) -> list[float]:
-        """Seconds from ``moment`` until those that were waiting then were told of a failure."""
-        return [o.done - moment for o in self.failures if o.sent <= moment < o.done]
+        """Seconds that those who waited when something broke at ``moment``, or asked soon after, had to wait."""
+        failed = [outcome for outcome in list(self.outcomes) if outcome.code is not None and outcome.done > moment]
+        told = min((outcome.done for outcome in failed), default=0.0)
+        return [outcome.done - max(moment, outcome.sent) for outcome in failed if outcome.sent <= told]

@@ -89,13 +89,23 @@ def test_a_killed_coordinator_comes_back_to_loaded_daemons(cluster):
 
 
 def test_without_a_state_file_what_is_active_is_adopted(tmp_path):
-    with Cluster(2, tmp_path, arguments=["--lease-ms", "1000"]) as cluster:
+    boot = ["--load", f"boot={MLP}", "--load", "gone=no/such/model"]
+    with Cluster(2, tmp_path, arguments=["--lease-ms", "1000", *boot], await_serving=False) as cluster:
+        wait_for(lambda: by_name(cluster)["boot"].serving, "the model named at the start")
+        wait_for(lambda: "no/such/model" in by_name(cluster)["gone"].reason, "what is wrong with the other")
+        assert "no/such/model" in cluster.health().reason
+        assert failure(lambda: cluster.forward("gone", {"x": X})).code() is grpc.StatusCode.FAILED_PRECONDITION
         cluster.load("m", MLP, kind="factory", version="7")
+        cluster.arguments = ["--lease-ms", "1000"]
         cluster.restart_coordinator()
         health = cluster.await_serving()
-        assert [(model.name, model.version) for model in health.models] == [("m", "7")]
-        assert [rank.loads for rank in health.ranks] == [1, 1]
+        assert [(model.name, model.version) for model in health.models] == [("boot", "1"), ("m", "7")]
+        assert [rank.loads for rank in health.ranks] == [2, 2]
         assert cluster.load("m", MLP, kind="factory")[-1].version == "8"
+
+
+def by_name(cluster):
+    return {model.name: model for model in cluster.health().models}
 
 
 def test_after_everything_was_killed_the_desired_state_comes_back(cluster):
