@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
-import time
 from collections.abc import Sequence
 
 from shardd.config import Config, ConfigError, read_config
 
 EXIT_USAGE = 2
-EXIT_FINALISE_SECONDS = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 after SIGTERM, 2 if it cannot start as told, 70 if it must be replaced by a fresh process."""
+    """Exit status: 2 if it cannot start as told. Once it has served the process ends here: 0 after SIGTERM, 70 if it
+    must be replaced by a fresh one."""
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments, os.environ)
     except ConfigError as error:
         return _refuse(error)
     status = _serve(config)
-    # Nothing is left to lose: should a library hang while the interpreter shuts down, leave anyway.
-    threading.Thread(target=_leave_soon, args=(status,), daemon=True).start()
-    return status
+    # Nothing is left to lose, and a replacement waits for this process to be gone: taking the interpreter down takes
+    # seconds, and may hang in a library.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _serve(config: Config) -> int:
@@ -44,11 +44,6 @@ def _serve(config: Config) -> int:
 def _refuse(error: Exception) -> int:
     print(f"shardd: {error}", file=sys.stderr)
     return EXIT_USAGE
-
-
-def _leave_soon(status: int) -> None:
-    time.sleep(EXIT_FINALISE_SECONDS)
-    os._exit(status)
 
 
 if __name__ == "__main__":

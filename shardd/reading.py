@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -90,11 +91,8 @@ class Reader:
         return plan_report(plan, request.path, request.device_memory or self._device_memory)
 
     def warm(self) -> None:
-        """Import what the first load needs and trace something tiny, so that the first load need not wait for that."""
-        from tensor_parallel import serving  # noqa: F401
-        from tensor_parallel.planner import make_plan
-
-        make_plan(torch.nn.Linear(4, 4), (torch.zeros(2, 4),), 2, verify=False)
+        """What :func:`warm_up` does."""
+        warm_up()
 
     def _open(self, path: str, options: coordinator_pb2.LoadOptions) -> Source:
         from tensor_parallel.checkpoint import open_source
@@ -104,6 +102,16 @@ class Reader:
         return open_source(
             path, self._model_root, options.kind or "auto", source_options(options), factories=self._factories
         )
+
+
+@functools.cache
+def warm_up() -> None:
+    """Import what the first load needs and trace something tiny, so that the first load need not wait for that. Once
+    in a process, and in those forked from it."""
+    from tensor_parallel import checkpoint, serving  # noqa: F401
+    from tensor_parallel.planner import make_plan
+
+    make_plan(torch.nn.Linear(4, 4), (torch.zeros(2, 4),), 2, verify=False)
 
 
 def source_options(options: coordinator_pb2.LoadOptions) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.supervisor.lifeline import Guardian, spawn
+from coordinator.supervisor.spare import Process, Spare
 from coordinator.supervisor.tee import Tee
 
 
@@ -32,12 +33,14 @@ class ChildSpec:
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     stop_seconds: float = 35.0
     log_file: Path | None = None
+    rank_arguments: Sequence[str] = ()
+    """For a rank that may be made of a spare: its arguments to ``shardd``."""
 
 
 class Child:
     """The running process of a spec, or the last one."""
 
-    def __init__(self, spec: ChildSpec, guardian: Guardian) -> None:
+    def __init__(self, spec: ChildSpec, guardian: Guardian, spare: Spare | None = None) -> None:
         self.spec = spec
         self.alive = asyncio.Event()  # this incarnation has answered
         self.ready = False  # this incarnation has done its work once
@@ -45,7 +48,8 @@ class Child:
         self.failed_starts = 0  # in a row, without one that became ready
         self.exited: asyncio.Future[int] | None = None
         self._guardian = guardian
-        self._process: subprocess.Popen[bytes] | None = None
+        self._spare = spare if spec.rank_arguments else None
+        self._process: Process | None = None
         self._started = 0.0
 
     @property
@@ -57,7 +61,7 @@ class Child:
     def uptime(self) -> float:
         return time.monotonic() - self._started
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Starts a new process; call from the main thread's event loop. Raises OSError."""
         loop = asyncio.get_running_loop()
         self.alive.clear()
@@ -67,13 +71,25 @@ class Child:
         self.exited = loop.create_future()
         tee = Tee(self.spec.log_file) if self.spec.log_file is not None else None
         try:
-            self._process = spawn(self.spec.argv(), self.spec.environment, tee.sink if tee else None)
+            self._process = await self._make(tee.sink if tee else sys.stderr.fileno())
         finally:
             if tee is not None:
                 tee.started()
-        self._guardian.watch(self._process.pid)
+        self._started = time.monotonic()
         pidfd = os.pidfd_open(self._process.pid)
         loop.add_reader(pidfd, self._collect, pidfd, self._process, self.exited)
+
+    async def _make(self, output: int) -> Process:
+        """Of the spare, if there is one; else from nothing."""
+        if self._spare is not None:
+            if self.starts == 1:
+                await self._spare.settled()
+            forked = await self._spare.fork(self.spec.rank_arguments, self.spec.environment, output)
+            if forked is not None:
+                return forked
+        process = spawn(self.spec.argv(), self.spec.environment, output)
+        self._guardian.watch(process.pid)
+        return process
 
     def signal(self, number: signal.Signals) -> None:
         """To the whole group: what the child has started goes with it."""
@@ -81,7 +97,7 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
 
-    def _collect(self, pidfd: int, process: subprocess.Popen[bytes], exited: asyncio.Future[int]) -> None:
+    def _collect(self, pidfd: int, process: Process, exited: asyncio.Future[int]) -> None:
         asyncio.get_running_loop().remove_reader(pidfd)
         os.close(pidfd)
         # Before it is reaped: until then nobody else can be given its process group.

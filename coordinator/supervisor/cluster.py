@@ -21,7 +21,8 @@ class Node:
     """This node's daemons. With ``listen`` HOST:PORT, rank i of the node listens on PORT+i; else on private sockets. So
     with ``metrics_listen``; else without metrics.
 
-    ``rank_offset`` is the first daemon's rank and ``world_size`` the number of ranks on all nodes (0: ``ranks``).
+    ``spare``: keep a process of which ranks are made. ``rank_offset`` is the first daemon's rank and ``world_size`` the
+    number of ranks on all nodes (0: ``ranks``).
     """
 
     ranks: int
@@ -40,6 +41,7 @@ class Node:
     drain_seconds: float = 30.0
     log_dir: Path | None = None
     log_level: str = ""
+    spare: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def daemons(node: Node, directory: Path) -> list[ChildSpec]:
     for local in range(node.ranks):
         rank = node.rank_offset + local
         health = f"unix:{directory}/rank{rank}.health"
-        argv = [*_program("shardd"), "--rank", str(rank), "--world-size", str(world), *threads]
+        argv = ["--rank", str(rank), "--world-size", str(world), *threads]
         argv += ["--listen", daemon_address(node, directory, local), "--health-listen", health]
         argv += ["--device", "cuda" if pins else "cpu", "--drain-seconds", f"{node.drain_seconds:g}"]
         argv += ["--metrics-listen", _port_after(node.metrics_listen, local)] if node.metrics_listen else []
@@ -80,7 +82,8 @@ def daemons(node: Node, directory: Path) -> list[ChildSpec]:
         specs.append(
             ChildSpec(
                 name=f"rank {rank}",
-                argv=lambda argv=argv: argv,  # type: ignore[misc]
+                argv=lambda argv=argv: [*_program("shardd"), *argv],  # type: ignore[misc]
+                rank_arguments=argv,
                 health=health,
                 environment=environment,
                 stop_seconds=node.drain_seconds + 5,

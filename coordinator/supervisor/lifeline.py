@@ -26,18 +26,17 @@ def bound(argv: Sequence[str]) -> list[str]:
     return [*_BARE, str(_HERE / "execute.py"), str(os.getpid()), *argv]
 
 
-def spawn(argv: Sequence[str], environment: Mapping[str, str], output: int | None = None) -> subprocess.Popen[bytes]:
+def spawn(argv: Sequence[str], environment: Mapping[str, str], output: int) -> subprocess.Popen[bytes]:
     """Starts ``argv`` in a process group of its own; it is killed when the calling *thread* ends, so call from main.
 
-    Standard output and error both go to ``output``, or else to our standard error: what a child says is a log.
+    Standard output and error both go to ``output``: what a child says is a log.
     """
-    sink = sys.stderr.fileno() if output is None else output
     return subprocess.Popen(
         bound(argv),
         env=dict(environment),
         stdin=subprocess.DEVNULL,
-        stdout=sink,
-        stderr=sink,
+        stdout=output,
+        stderr=output,
         process_group=0,  # Ctrl-C at the terminal reaches the supervisor alone, which then drains in order
     )
 

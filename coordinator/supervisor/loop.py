@@ -13,6 +13,7 @@ from coordinator.logging import get_logger
 from coordinator.supervisor.child import Child, ChildSpec, describe_exit, reap_orphans
 from coordinator.supervisor.lifeline import Guardian, become_subreaper
 from coordinator.supervisor.probe import Answer, Probe, busy
+from coordinator.supervisor.spare import Spare
 
 USAGE_ERROR = 2
 
@@ -47,11 +48,23 @@ class Supervisor:
     ends, and every orphan is reaped. ``directory`` is removed at the end, also when this process is killed.
     """
 
-    def __init__(self, stages: Sequence[Sequence[ChildSpec]], directory: Path, timing: Timing | None = None) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Sequence[ChildSpec]],
+        directory: Path,
+        timing: Timing | None = None,
+        *,
+        spare: bool = False,
+    ) -> None:
+        """With ``spare``, ranks are made of a process kept for that; see spare.py."""
         self._timing = timing or Timing()
         self._guardian = Guardian(directory)
-        self._stages = [[Child(spec, self._guardian) for spec in stage] for stage in stages]
+        ranks = [spec for stage in stages for spec in stage if spec.rank_arguments]
+        first = ranks[0] if spare and ranks else None
+        self._spare = Spare(first.rank_arguments, first.environment, self._guardian) if first is not None else None
+        self._stages = [[Child(spec, self._guardian, self._spare) for spec in stage] for stage in stages]
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._helper: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._up = False  # every child has answered once
         self._log = get_logger()
@@ -64,6 +77,8 @@ class Supervisor:
         """Starts every child and returns when each has answered once. Raises StartError."""
         become_subreaper()
         asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
+        if self._spare is not None:
+            self._helper = asyncio.create_task(self._spare.keep(), name="spare")
         for child in self.children:
             self._tasks[child.spec.name] = asyncio.create_task(self._keep(child), name=child.spec.name)
         up = asyncio.gather(*(child.alive.wait() for child in self.children))
@@ -86,6 +101,12 @@ class Supervisor:
     async def stop(self) -> None:
         """Ends the stages, last first, each child within its ``stop_seconds``; then the directory goes."""
         self._stopping.set()
+        for child in self.children:
+            if child.pid is None:
+                self._tasks[child.spec.name].cancel()  # or it would be started just now
+        if self._helper is not None:
+            self._helper.cancel()
+            await asyncio.gather(self._helper, return_exceptions=True)
         for stage in reversed(self._stages):
             await asyncio.gather(*(self._end(child) for child in stage))
         for task in self._tasks.values():
@@ -101,6 +122,8 @@ class Supervisor:
 
     def _reap(self) -> None:
         known = {child.pid for child in self.children if child.pid is not None}
+        if self._spare is not None and self._spare.pid is not None:
+            known.add(self._spare.pid)
         reap_orphans(known | {self._guardian.pid})
 
     async def _end(self, child: Child) -> None:
@@ -115,7 +138,7 @@ class Supervisor:
 
     async def _keep(self, child: Child) -> None:
         while not self._stopping.is_set():
-            child.start()
+            await child.start()
             assert child.exited is not None
             self._log.info("child_started", child=child.spec.name, pid=child.pid, starts=child.starts)
             pid = child.pid

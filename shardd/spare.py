@@ -1,0 +1,143 @@
+"""``python -m shardd.spare``: a process that has imported everything, of which ranks are made in milliseconds.
+
+Importing torch and what plans a model takes seconds, and is nearly all the time that a lost rank is missed. So a
+supervisor keeps one process that has done it, and asks it to fork. A request comes over standard input, a Unix socket:
+two descriptors, one that leads to whoever asked, one for what the new process says. Over the first the new process
+tells its pid, and is then told its arguments and its environment; from there on it is a daemon like any other.
+
+The new process is the supervisor's own child, as if that had started it: it is forked twice, and the kernel gives
+orphans to the nearest ancestor that asked for them. It dies with the supervisor by the same parent-death signal.
+
+Forking is safe because this process has one thread, and has touched no GPU; both are looked at before every fork.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from shardd import environment
+from shardd.config import ConfigError, read_config
+from shardd.title import set_title
+
+READY, UNFIT = b"+", b"-"
+"""Said over standard input: ready to fork; and: not fit to be forked any more, start ranks without me."""
+ADOPTION_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Until the supervisor closes the socket, or is gone. ``arguments`` are any rank's of this node."""
+    try:
+        config = read_config(arguments, os.environ)
+    except ConfigError:
+        return 2  # a rank started with these says what is wrong
+    supervisor = os.getppid()
+    set_title("shardd: spare")
+    environment.prepare(
+        os.environ, threads=config.threads, world_size=config.world_size, interface=config.interface
+    )
+    _import()
+    with socket.socket(fileno=0) as control:
+        if not fit():
+            control.sendall(UNFIT)
+            return 1
+        control.sendall(READY)
+        while (request := _receive(control)) is not None:
+            if not fit():
+                control.sendall(UNFIT)
+                return 1
+            _fork(request, supervisor)
+    return 0
+
+
+def _import() -> None:
+    """Everything that a daemon and its first load need. What lives now is never looked at again by the collector."""
+    gc.disable()
+    from shardd import core, reading  # noqa: F401
+    from shardd.daemon import Daemon  # noqa: F401
+
+    reading.warm_up()
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def fit() -> bool:
+    """Whether a fork of this process is as good as a new one."""
+    threads = len(os.listdir("/proc/self/task"))
+    opened = (os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+    return threads == 1 and not any(path.startswith("/dev/nvidia") for path in opened)
+
+
+def _receive(control: socket.socket) -> list[int] | None:
+    """The two descriptors of the next request; None when there is no more supervisor."""
+    data, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+    return descriptors if data and len(descriptors) == 2 else None
+
+
+def _fork(descriptors: list[int], supervisor: int) -> None:
+    between = os.fork()
+    if between == 0:
+        _fork_again(descriptors, supervisor)
+    os.waitpid(between, 0)
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _fork_again(descriptors: list[int], supervisor: int) -> None:
+    """The daemon's parent for a moment: its end makes the daemon an orphan, and so the supervisor's child."""
+    own, made = os.getpid(), -1
+    try:
+        made = os.fork()
+    finally:
+        if made != 0:
+            os._exit(0)
+    _become(descriptors, own, supervisor)
+
+
+def _become(descriptors: list[int], between: int, supervisor: int) -> NoReturn:
+    """The rest of this process's life is a daemon's."""
+    os.setpgid(0, 0)
+    deadline = time.monotonic() + ADOPTION_SECONDS
+    while os.getppid() == between and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != supervisor:
+        os._exit(1)
+    arguments = _hear(*descriptors)
+    set_title("shardd", *arguments)
+    from shardd.main import main as serve
+
+    sys.exit(serve(arguments))
+
+
+def _hear(asker: int, output: int) -> list[str]:
+    """Takes over the output and the environment that the asker sends, and returns the arguments."""
+    with socket.socket(fileno=asker) as channel:
+        channel.sendall(f"{os.getpid()}\n".encode())
+        told = b"".join(iter(lambda: channel.recv(1 << 16), b""))
+    if not told:
+        os._exit(1)  # whoever asked no longer wants it
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for target, source in ((0, nothing), (1, output), (2, output)):
+        os.dup2(source, target)
+    os.close(nothing)
+    os.close(output)
+    message = json.loads(told)
+    os.environ.clear()
+    os.environ.update(message["environment"])
+    return list(message["arguments"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
