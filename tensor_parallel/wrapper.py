@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tensor_parallel.errors import PlanError
 from tensor_parallel.group import Group, default_group
 from tensor_parallel.planner.make import Examples, arguments, as_skeleton, instantiate_skeleton, plan_skeleton
-from tensor_parallel.planner.module import ShardedModule
 from tensor_parallel.planner.plan import Plan
 from tensor_parallel.planner.shard import Shard
 
@@ -47,10 +46,10 @@ class DistributedModelWrapper(nn.Module):
         self._group = group or (default_group() if world_size > 1 else Group(0, 1))
         if (self._group.rank, self._group.world_size) != (rank, world_size):
             raise PlanError(f"the group is rank {self._group.rank} of {self._group.world_size}, not {rank} of {world_size}")
-        self._options = {"sequence_parallel": sequence_parallel, "check": verify}
+        self._verify, self._sequence_parallel = verify, sequence_parallel
         self._plan: Plan | None = None
         self._waiting: tuple[nn.Module, ...] = (model,)  # in a tuple: not a submodule
-        self._inner: tuple[ShardedModule, ...] = ()
+        self._inner: tuple[nn.Module, ...] = ()
         self.training = model.training
         if example_inputs is not None:
             self._shard(*arguments(example_inputs))
@@ -68,7 +67,9 @@ class DistributedModelWrapper(nn.Module):
         device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
         twin = as_skeleton(model)
         twin.train(self.training)
-        plan = plan_skeleton(twin, args, kwargs, self._group.world_size, **self._options)
+        plan = plan_skeleton(
+            twin, args, kwargs, self._group.world_size, check=self._verify, sequence_parallel=self._sequence_parallel
+        )
         whole = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
         def read(name: str, shard: Shard) -> Tensor:
@@ -133,9 +134,33 @@ class DistributedModelWrapper(nn.Module):
         return gathered.new_empty(shape).index_copy_(shard.dim, index, gathered)
 
     # ------------------------------------------------------------------ training
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[Tensor] | None = None) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Clip gradients by the norm of the whole model's gradient, as ``torch.nn.utils.clip_grad_norm_`` on the unsharded model.
 
         Returns that norm, equal on every rank. Every rank must call it.
         """
-        raise NotImplementedError
+        self._require_shards("gradients")
+        held = [(self._shard_of(name), p) for name, p in self.named_parameters() if p.grad is not None]
+        if not held:
+            return torch.zeros(())
+        device = held[0][1].device
+        divided = self._norm([p.grad for shard, p in held if shard.dim is not None], norm_type, device)
+        whole = self._norm([p.grad for shard, p in held if shard.dim is None], norm_type, device)
+        if norm_type == float("inf"):
+            size = self._group.world_size
+            parts = self._group.all_gather(divided.reshape(1), [1] * size, 0) if size > 1 else divided.reshape(1)
+            norm = torch.maximum(parts.max(), whole)
+        else:
+            power = divided.double() ** norm_type
+            if self._group.world_size > 1:
+                power = self._group.all_reduce_sum_(power.reshape(1).contiguous())[0]
+            norm = ((power + whole.double() ** norm_type) ** (1.0 / norm_type)).to(divided.dtype)
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in held], max_norm, norm)
+        return norm
+
+    @staticmethod
+    def _norm(grads: list[Tensor | None], norm_type: float, device: torch.device) -> Tensor:
+        tensors = [g for g in grads if g is not None and g.numel()]
+        if not tensors:
+            return torch.zeros((), device=device)
+        return torch.nn.utils.get_total_norm(tensors, norm_type)
