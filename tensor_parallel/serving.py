@@ -4,7 +4,8 @@ know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from tensor_parallel.checkpoint.memory import available_bytes, peak_bytes
 from tensor_parallel.checkpoint.source import Source
 from tensor_parallel.errors import DoesNotFit, InvalidInput, LoadCancelled, PlanError, TensorParallelError
 from tensor_parallel.group import Group
+from tensor_parallel.planner.module import ShardedModule
 from tensor_parallel.planner.plan import InputSpec, OutputSpec, Plan
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.specs import output_names
@@ -65,6 +67,7 @@ class ServedModel:
     device: torch.device
     _module: nn.Module = field(repr=False)
     _names: dict[pytree.TreeSpec, list[str]] = field(default_factory=dict, repr=False)
+    _last_names: tuple[pytree.TreeSpec, list[str]] | None = field(default=None, repr=False)
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -115,9 +118,12 @@ class ServedModel:
         are left out.
         """
         full = self.checker.complete(inputs)
-        with torch.inference_mode():
+        with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
             placed = {name: self._placed(value) for name, value in full.items()}
-            return self._named(self._module(**placed))
+            if isinstance(self._module, ShardedModule):
+                runner, leaves = self._module.run_by_name(placed)
+                return self._named(leaves, runner.compiled.traced.out_spec)
+            return self._named(*pytree.tree_flatten(self._module(**placed)))
 
     def _placed(self, value: Tensor) -> Tensor:
         if value.device == self.device:
@@ -126,11 +132,13 @@ class ServedModel:
             value = value.pin_memory()  # else the copy below would wait for itself
         return value.to(self.device, non_blocking=True)
 
-    def _named(self, result: Any) -> dict[str, Tensor]:
-        leaves, spec = pytree.tree_flatten(result)
-        if spec not in self._names:
-            self._names[spec] = output_names(spec)
-        return {name: leaf for name, leaf in zip(self._names[spec], leaves, strict=True) if isinstance(leaf, Tensor)}
+    def _named(self, leaves: Sequence[Any], spec: pytree.TreeSpec) -> dict[str, Tensor]:
+        seen = self._last_names
+        if seen is None or seen[0] is not spec:  # comparing specs takes longer than a small model
+            if spec not in self._names:
+                self._names[spec] = output_names(spec)
+            seen = self._last_names = (spec, self._names[spec])
+        return {name: leaf for name, leaf in zip(seen[1], leaves, strict=True) if isinstance(leaf, Tensor)}
 
 
 def load_model(
