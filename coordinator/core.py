@@ -19,6 +19,7 @@ from coordinator.health import HealthView
 from coordinator.loading import Loader
 from coordinator.logging import get_logger
 from coordinator.metrics import Metrics
+from coordinator.rank import calling
 from coordinator.regions import Regions, put
 from coordinator.restoring import Restorer
 from coordinator.types import InferRequest, InferResult, ModelStatistics, RegionRef
@@ -155,7 +156,8 @@ class Core:
         asked.CopyFrom(request)
         asked.ranks = request.ranks or self.config.world_size
         try:
-            answer: pb.PlanResponse = await rank.stub.Plan(asked, timeout=PLAN_TIMEOUT, metadata=rank.metadata)
+            with calling():
+                answer: pb.PlanResponse = await rank.stub.Plan(asked, timeout=PLAN_TIMEOUT, metadata=rank.metadata)
         except grpc.RpcError as error:
             raise from_rpc(error) from None
         return answer

@@ -86,6 +86,12 @@ class Fleet:
         return generation if generation is not None and generation.alive else None
 
     @property
+    def _unfinished(self) -> Generation | None:
+        """The one that has not ended: READY, or waiting for its last answers."""
+        generation = self._generation
+        return generation if generation is not None and not generation.ended.done() else None
+
+    @property
     def knows_models(self) -> bool:
         """Whether this coordinator can tell which models there are: it owned the ranks, and no other does."""
         return self.number > 0 and self.state != STANDBY
@@ -141,14 +147,23 @@ class Fleet:
         self.changed.ring()
 
     def _rank_changed(self, rank: Rank) -> None:
-        generation = self.generation
+        generation = self._unfinished
         if generation is not None and not rank.alive:
             generation.end(Ending("rank_lost", f"rank {rank.index} was lost: {rank.error}", rank.index))
         elif generation is not None and rank.restarts:
             status = rank.status
             if status is not None and status.highest_generation < generation.number:
                 generation.end(Ending("rank_lost", f"rank {rank.index} was restarted", rank.index))
+        if generation is not None and rank.draining:
+            self._let_go(generation, rank)
         self.changed.ring()
+
+    def _let_go(self, generation: Generation, rank: Rank) -> None:
+        """``rank`` drains: what it was given is finished, it is given nothing more, and it need not wait."""
+        reason = f"rank {rank.index} is draining"
+        if generation.alive:
+            self._set(BROKEN, reason)
+            generation.leave(Ending("draining", reason, rank.index))
 
     # ---- the recovery loop
 
@@ -210,7 +225,7 @@ class Fleet:
 
     async def _everyone_alive(self) -> None:
         async for _ in self.changed.subscribe(1.0):
-            if all(rank.alive for rank in self.ranks):
+            if all(rank.alive and not rank.draining for rank in self.ranks):
                 return
 
     async def _stand_by(self, superseded: Superseded) -> None:
@@ -229,9 +244,10 @@ class Fleet:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self._config.heartbeat)
-            generation = self.generation
+            generation = self._unfinished
             if generation is not None:
                 self._check_owner(generation)
+                self._check_draining(generation)
                 self._check_progress(generation)
                 self._probe_idle(generation)
             self.changed.ring()
@@ -244,6 +260,12 @@ class Fleet:
             by = status.owner or "another coordinator"
             generation.end(Ending("superseded", f"rank {rank.index} was fenced by {by}", rank.index))
             return
+
+    def _check_draining(self, generation: Generation) -> None:
+        """One that began to drain while the generation was formed."""
+        for rank in self.ranks:
+            if rank.draining:
+                self._let_go(generation, rank)
 
     def _check_progress(self, generation: Generation) -> None:
         """A hung rank answers heartbeats. Proof of progress is an answer, or a collective within the bound."""

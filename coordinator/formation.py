@@ -21,7 +21,7 @@ from coordinator.errors import ServiceError
 from coordinator.generation import Generation
 from coordinator.local_channel import OPEN_SECONDS, LocalChannel, LocalMemory, host_id
 from coordinator.logging import get_logger
-from coordinator.rank import Rank
+from coordinator.rank import Rank, calling
 from protos.tensor_parallel.v1 import shard_pb2 as pb
 
 T = TypeVar("T")
@@ -165,7 +165,8 @@ class Formation:
         request = pb.OpenLocalChannelRequest(generation=generation.number, owner=self.owner)
         channel = LocalChannel(rank.index, generation.number, memory, generation)
         try:
-            door = await rank.stub.OpenLocalChannel(request, timeout=OPEN_SECONDS, metadata=rank.metadata)
+            with calling():
+                door = await rank.stub.OpenLocalChannel(request, timeout=OPEN_SECONDS, metadata=rank.metadata)
             await channel.open(door.socket_path, door.token)
             return channel
         except (grpc.RpcError, OSError, TimeoutError) as error:
@@ -181,7 +182,8 @@ class Formation:
 
         async def one(rank: Rank) -> T:
             try:
-                return await call(rank)
+                with calling():
+                    return await call(rank)
             except grpc.RpcError as error:
                 detail = error.details() or error.code().name
                 raise FormationFailed(f"rank {rank.index} failed in {what}: {detail}") from None

@@ -53,6 +53,7 @@ class Generation:
         self._pending: dict[int, _Pending] = {}
         self._seq = 0
         self._suspicion: asyncio.TimerHandle | None = None
+        self._leaving: Ending | None = None
         self.ended: asyncio.Future[Ending] = self._loop.create_future()
         self.last_completed = self._loop.time()
 
@@ -63,7 +64,8 @@ class Generation:
 
     @property
     def alive(self) -> bool:
-        return not self.ended.done()
+        """It has not ended, and takes commands."""
+        return not self.ended.done() and self._leaving is None
 
     @property
     def in_flight(self) -> int:
@@ -91,6 +93,9 @@ class Generation:
         if self.ended.done():
             future.set_exception(self._unavailable(self.ended.result()))
             return future
+        if self._leaving is not None:
+            future.set_exception(self._unavailable(self._leaving))
+            return future
         dispatch = Dispatch(self.number, self._seq, command)
         try:
             if self._memory is not None and isinstance(command, Execute):
@@ -103,6 +108,16 @@ class Generation:
         for channel in self._channels:
             channel.send(dispatch)
         return future
+
+    def leave(self, ending: Ending) -> None:
+        """Ends in good order: takes no more commands, and ends once those in flight are answered. Idempotent."""
+        if self.alive:
+            self._leaving = ending
+            self._end_if_left()
+
+    def _end_if_left(self) -> None:
+        if self._leaving is not None and not self._pending:
+            self.end(self._leaving)
 
     def end(self, ending: Ending, culprit: tuple[int, ServiceError] | None = None) -> None:
         """Fails everything in flight, at once; ``culprit`` is the seq whose own error ended it. Idempotent."""
@@ -173,6 +188,7 @@ class Generation:
         elif not pending.future.done():
             answers = [pending.answers[rank] for rank in range(self._world_size)]
             pending.future.set_result([answer if isinstance(answer, Executed) else None for answer in answers])
+        self._end_if_left()
 
     def _alike(self, failures: dict[int, Failed]) -> bool:
         return len(failures) == self._world_size and len({(f.code, f.kind) for f in failures.values()}) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grpc
 
@@ -15,22 +15,45 @@ from protos.tensor_parallel.v1 import shard_pb2 as pb
 from protos.tensor_parallel.v1 import shard_pb2_grpc
 
 RECONNECT_AFTER = 3  # timed-out heartbeats: a connection to a host that went away stays silent for minutes
-LOST_INTERVAL = 0.1  # seconds between heartbeats to a rank that does not answer
+LOST_INTERVAL = 0.05  # seconds between heartbeats to a rank that does not answer
 
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 100),
     ("grpc.enable_http_proxy", 0),
     # A connection of its own for every channel: heartbeats must not queue behind payloads.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
+class GivenUp(grpc.RpcError):
+    """The connection was closed under a call, because the rank had been silent for too long."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "the connection was given up: the rank was silent for too long"
+
+
+@contextlib.contextmanager
+def calling() -> Iterator[None]:
+    """Around every call to a rank. Closing a connection cancels its calls, and gRPC then raises the very exception that
+    means that the caller was cancelled; here it becomes a lost call. Raises GivenUp."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise GivenUp from None
+
+
 class Rank:
-    """``on_change(rank)`` is called whenever the rank becomes lost, comes back, or answers as another process."""
+    """``on_change(rank)`` is called when the rank becomes lost, comes back, answers as another process, or drains."""
 
     def __init__(self, index: int, address: str, config: Config, on_change: Callable[[Rank], None]) -> None:
         self.index = index
@@ -61,6 +84,11 @@ class Rank:
         override = (("grpc.ssl_target_name_override", name),) if name else ()
         return grpc.aio.secure_channel(self.address, self._credentials, options=(*_OPTIONS, *override))
 
+    @property
+    def draining(self) -> bool:
+        """It answers still, and is about to leave."""
+        return self.alive and self.status is not None and self.status.draining
+
     async def close(self) -> None:
         await asyncio.gather(self._pulse_channel.close(), self.channel.close())
 
@@ -69,9 +97,10 @@ class Rank:
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
-            status: pb.StatusResponse = await self._pulse.Status(
-                pb.StatusRequest(lease=lease), timeout=self._config.heartbeat_timeout, metadata=self.metadata
-            )
+            with calling():
+                status: pb.StatusResponse = await self._pulse.Status(
+                    pb.StatusRequest(lease=lease), timeout=self._config.heartbeat_timeout, metadata=self.metadata
+                )
         except grpc.RpcError as error:
             await self._missed(error, started)
             raise
@@ -101,6 +130,7 @@ class Rank:
         self.status, self.seen, self.alive, self.error, self._timeouts = status, now, True, "", 0
         if back or replaced:
             get_logger().info("rank_back", rank=self.index, pid=status.pid, address=self.address, replaced=replaced)
+        if back or replaced or self.draining:
             self._on_change(self)
 
     async def _missed(self, error: grpc.RpcError, started: float) -> None:

@@ -13,7 +13,7 @@ from coordinator.errors import ServiceError, Unavailable, from_rpc
 from coordinator.formation import gather
 from coordinator.generation import RETRY_MS
 from coordinator.logging import get_logger
-from coordinator.rank import Rank
+from coordinator.rank import Rank, calling
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import shard_pb2
 
@@ -48,7 +48,8 @@ class RankLoads:
         call = rank.stub.Load(self._request(rank), timeout=LONGEST, metadata=rank.metadata)
         try:
             while True:
-                message = await asyncio.wait_for(call.read(), self.stall)
+                with calling():
+                    message = await asyncio.wait_for(call.read(), self.stall)
                 if message is grpc.aio.EOF:
                     raise Unavailable(f"rank {rank.index} ended its load without a result", retry_after_ms=RETRY_MS)
                 self._note(rank, message)
@@ -98,7 +99,8 @@ async def forget(ranks: Iterable[Rank], name: str, version: str) -> None:
 
     async def one(rank: Rank) -> None:
         try:
-            await rank.stub.CancelLoad(request, timeout=CANCEL_TIMEOUT, metadata=rank.metadata)
+            with calling():
+                await rank.stub.CancelLoad(request, timeout=CANCEL_TIMEOUT, metadata=rank.metadata)
         except grpc.RpcError as error:  # it is gone, or will be asked again in the next generation
             get_logger().info("forget_failed", rank=rank.index, model=f"{name}@{version}", error=error.details())
 
