@@ -113,6 +113,11 @@ def take_pattern(value: Tensor, dim: int, index: tuple[int, ...], base: int, out
     return opened.index_select(dim, torch.tensor(index, dtype=torch.long, device=value.device)).flatten(dim, dim + 1)
 
 
+def share(size: int, count: int, base: int) -> int:
+    """A rank's part of a free size that repeats a base of ``base`` indices, ``count`` of them its own."""
+    return size // base * count
+
+
 def lookup_rows(weight: Tensor, ids: Tensor, starts: tuple[tuple[int, int, int], ...], size: int) -> Tensor:
     """Rows of a table of ``size`` rows divided by rows: zeros for the rows that other ranks hold.
 

@@ -14,7 +14,7 @@ import torch
 
 from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import Call, Engine, Value
-from tensor_parallel.planner.placement import PARTIAL, Replicated, Sharded, Undecided, Unproven
+from tensor_parallel.planner.placement import PARTIAL, Partial, Replicated, Sharded, Undecided, Unproven
 from tensor_parallel.planner.program import PerRank, Ref
 from tensor_parallel.planner.rules.pointwise import is_pending
 from tensor_parallel.planner.rules.registry import partial_rule, rule
@@ -46,6 +46,8 @@ def contract(
     letter, owners, origin = _choose(e, operands)
     if letter is None:
         raise Unproven("no operand is divided along a dimension of the product")
+    # A whole activation cut only for this product: the sum that follows could be avoided.
+    avoidable = any(v.weight is None and letter in ls and not e.is_sharded(v) for v, ls in operands)
     refs: list[Ref | None] = []
     for value, letters in operands:
         ref, owners, origin = _operand(e, value, letters, letter, owners, origin)
@@ -69,7 +71,7 @@ def contract(
         whole = e.full(value, "a bias is added once to the whole sum")
         first = PerRank(tuple(rank == 0 for rank in range(e.ranks)))
         ref = e.emit(runtime.add_once, ref, whole, bias_scale, first)
-    return e.result(call, ref, PARTIAL)
+    return e.result(call, ref, Partial(origin) if avoidable else PARTIAL)
 
 
 def _gathered(e: Engine, operands: Sequence[Operand], result: Value) -> Value:
@@ -97,7 +99,10 @@ def _settle_weights(e: Engine, operands: Sequence[Operand], out: Letters) -> Non
         by_output = [x for x in letters if x in out and x not in others and x is not None]
         by_input = [x for x in letters if x not in out and x is not None]
         batch = [x for x in letters if x in out and x in others and x is not None]
-        order = [*by_input, *by_output, *batch] if e.prefer(value) == "in" else [*by_output, *by_input, *batch]
+        if e.prefer(value) == "in":
+            order = [*by_input, *by_output, *batch]
+        else:
+            order = [*by_output, *by_input, *batch] if e.worth_dividing(value) else by_output
         for letter in order:
             try:
                 e.divide(value, letters.index(letter))

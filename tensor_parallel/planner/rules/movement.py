@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import Call, Engine, Sym, Value
 from tensor_parallel.planner.placement import Owners, Sharded, Undecided, Unproven, counts, pattern, positions
 from tensor_parallel.planner.program import PerRank
@@ -211,19 +212,25 @@ def slice_(e: Engine, call: Call) -> Any:
     if not isinstance(place, Sharded) or place.dim != dim:
         return along(e, call, {dim})
     start, end, step = (_constant(e, call[name], default) for name, default in (("start", 0), ("end", None), ("step", 1)))
-    if step != 1:
-        raise Unproven("a strided slice of the divided dimension")
-    owners = tuple(o[start:end] for o in place.owners)
+    owners = tuple(o[start:end:step] for o in place.owners)
     _balanced(e, owners)
     e.cut(owners)
-    first = place.owners[0]
-    begins = [int((first[: start % max(len(first), 1)] == r).sum()) for r in range(e.ranks)] if not e.solving else []
-    lengths = counts(owners[0], e.ranks) if not e.solving else ()
-    if not e.solving and any(not np.array_equal(o, owners[0]) for o in owners):
+    if e.solving:
+        return e.result(call, None, Sharded(dim, owners, place.origin))
+    if any(not np.array_equal(o, owners[0]) for o in owners):
         raise Unproven("a slice of a free size")
-    ends = PerRank(tuple(b + n for b, n in zip(begins, lengths, strict=True)))
-    ref = e.emit(aten.slice.Tensor, value, dim, PerRank(tuple(begins)), ends) if not e.solving else None
-    return e.result(call, ref, Sharded(dim, owners, place.origin))
+    return e.result(call, _local_slice(e, value, dim, place.owners[0], slice(start, end, step)), Sharded(dim, owners, place.origin))
+
+
+def _local_slice(e: Engine, value: Value, dim: int, owner: np.ndarray, bounds: slice) -> Any:
+    """A slice of the divided dimension, on each rank's own indices: a slice again where they lie regularly."""
+    chosen = np.zeros(len(owner), dtype=bool)
+    chosen[bounds] = True
+    local = [np.flatnonzero(chosen[positions(owner, rank)]) for rank in range(e.ranks)]
+    if all((np.diff(index) == bounds.step).all() for index in local):
+        starts, stops = PerRank(tuple(int(i[0]) for i in local)), PerRank(tuple(int(i[-1]) + 1 for i in local))
+        return e.emit(aten.slice.Tensor, value, dim, starts, stops, bounds.step)
+    return e.emit(runtime.take_indices, value, dim, PerRank(tuple(tuple(i.tolist()) for i in local)))
 
 
 def _constant(e: Engine, value: Any, default: Any) -> Any:
@@ -372,22 +379,13 @@ def _emit_reshape(e: Engine, call: Call, value: Value, dim: int, owners: Owners)
     if 0 <= at < len(sizes):
         if all(o is owners[0] or np.array_equal(o, owners[0]) for o in owners):
             sizes[at] = PerRank(counts(owners[0], e.ranks))
-        else:
-            _make_free(sizes, at, start, call)
+        elif isinstance(sizes[at], Sym):
+            described = pattern(owners)
+            assert described is not None, "checked when the owners were worked out"
+            sizes[at] = e.emit(runtime.share, sizes[at], PerRank(counts(described.base, e.ranks)), len(described.base))
     if call.name == "unflatten":
         return e.replay(call, sizes=sizes)
     return e.emit(aten.reshape.default, value, sizes)
-
-
-def _make_free(sizes: list[Any], at: int, start: int, call: Call) -> None:
-    """Let the divided dimension be inferred: it scales with a free size."""
-    for d, size in enumerate(sizes):
-        if d != at and isinstance(size, int) and size == -1:
-            known = {shape[d + start] for shape in call.shapes}
-            if len(known) != 1:
-                raise Unproven("two sizes to infer")
-            sizes[d] = known.pop()
-    sizes[at] = -1
 
 
 __all__ = ["along", "positions", "remap"]
