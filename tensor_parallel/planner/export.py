@@ -43,6 +43,7 @@ class Traced:
     out_spec: pytree.TreeSpec
     example: list[Any]  # flat example inputs
     assignments: tuple[dict[sympy.Symbol, int], ...]
+    guards: tuple[Any, ...] = ()  # what the trace assumed of the free sizes (a length divisible by a chunk size)
     _cache: dict[Any, tuple[int, ...]] = field(default_factory=dict)
 
     @staticmethod
@@ -56,6 +57,21 @@ class Traced:
     def shape(self, fake: Tensor) -> tuple[int, ...]:
         """A tensor's shape, -1 where free."""
         return tuple(-1 if (number := self.fixed(size)) is None else number for size in fake.shape)
+
+    def admits(self, leaves: Sequence[Any]) -> bool:
+        """Whether inputs of these sizes meet everything the trace assumed of its free sizes."""
+        sizes: dict[sympy.Symbol, int] = {}
+        for node, leaf in zip(self.inputs, leaves, strict=True):
+            if node is None:
+                continue
+            for size, actual in zip(node.meta["val"].shape, leaf.shape, strict=True):
+                expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+                if expr.is_Symbol:
+                    if sizes.setdefault(expr, actual) != actual:
+                        return False
+                elif not expr.is_number and expr.subs(sizes) != actual:
+                    return False
+        return _satisfies(self.guards, sizes)
 
     def values(self, size: Any) -> tuple[int, ...]:
         """A symbolic size at each assignment."""
@@ -199,6 +215,7 @@ def _collect(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
     output_node = next(node for node in exported.graph.nodes if node.op == "output")
     outputs, updates = _outputs(output_node, signature)
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    guards = _guards(exported)
     assert in_spec is not None and out_spec is not None
     return Traced(
         graph=exported.graph,
@@ -211,7 +228,8 @@ def _collect(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
         in_spec=in_spec,
         out_spec=out_spec,
         example=pytree.tree_leaves((args, kwargs)),
-        assignments=_assignments(exported),
+        assignments=_assignments(exported, guards),
+        guards=guards,
     )
 
 
@@ -264,7 +282,26 @@ def _refuse_mutation(module: fx.GraphModule) -> None:
             raise PlanError(f"{node.target} still mutates its argument after functionalisation")
 
 
-def _assignments(exported: torch.export.ExportedProgram) -> tuple[dict[sympy.Symbol, int], ...]:
+def _guards(exported: torch.export.ExportedProgram) -> tuple[Any, ...]:
+    """Relations between free sizes that tracing took for granted."""
+    for node in exported.graph.nodes:
+        fake = node.meta.get("val")
+        for size in fake.shape if isinstance(fake, Tensor) else ():
+            if isinstance(size, torch.SymInt):
+                found = {guard.expr: None for guard in size.node.shape_env.guards}
+                return tuple(expr for expr in found if getattr(expr, "free_symbols", None))
+    return ()
+
+
+def _satisfies(guards: Sequence[Any], sizes: Mapping[sympy.Symbol, int]) -> bool:
+    """Guards over other symbols than the inputs' sizes are not ours to check."""
+    for guard in guards:
+        if guard.free_symbols <= sizes.keys() and guard.subs(sizes) == sympy.false:
+            return False
+    return True
+
+
+def _assignments(exported: torch.export.ExportedProgram, guards: Sequence[Any]) -> tuple[dict[sympy.Symbol, int], ...]:
     """The example's sizes, and others: equal sizes stay equal, different ones grow by different primes.
 
     Multiples keep whatever divisibility the model asked for.
@@ -282,12 +319,14 @@ def _assignments(exported: torch.export.ExportedProgram) -> tuple[dict[sympy.Sym
         return ({},)
     ranges = exported.range_constraints
     primes = dict(zip(sorted(set(hints.values())), itertools.cycle((3, 2, 5, 7)), strict=False))
-    other: dict[sympy.Symbol, int] = {}
-    for symbol, hint in hints.items():
-        upper = ranges[symbol].upper if symbol in ranges else sympy.oo
-        choices = [hint * primes[hint], hint * 2, hint + 1]
-        other[symbol] = next((c for c in choices if c <= upper), hint)
-    return hints, other
+    for grown in (lambda h: h * primes[h], lambda h: 2 * h, lambda h: 3 * h, lambda h: h + 1):
+        other = {}
+        for symbol, hint in hints.items():
+            upper = ranges[symbol].upper if symbol in ranges else sympy.oo
+            other[symbol] = grown(hint) if grown(hint) <= upper else hint
+        if other != hints and _satisfies(guards, other):
+            return hints, other
+    return (hints,)
 
 
 def _hint(env: Any, symbol: sympy.Symbol) -> int:

@@ -23,6 +23,7 @@ from tensor_parallel.planner.plan import FREE, Plan
 from tensor_parallel.planner.program import Program
 
 _Slot = tuple[dict[str, Any], str]
+_REMEMBERED = 4096  # combinations of sizes whose check is remembered
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Runner:
         self._shapes = [
             None if shape is None else [(d, size) for d, size in enumerate(shape) if size != FREE] for shape in compiled.shapes
         ]
+        self._admitted: dict[tuple[torch.Size, ...], bool] = {}
         self._ranks = [None if shape is None else len(shape) for shape in compiled.shapes]
 
     def fits(self, leaves: Sequence[Any]) -> bool:
@@ -61,7 +63,14 @@ class Runner:
                 for d, size in fixed:
                     if shape[d] != size:
                         return False
-        return True
+        if not self.compiled.traced.guards:
+            return True
+        sizes = tuple(leaf.shape for leaf, fixed in zip(leaves, self._shapes, strict=True) if fixed is not None)
+        if sizes not in self._admitted:
+            if len(self._admitted) > _REMEMBERED:
+                self._admitted.clear()
+            self._admitted[sizes] = self.compiled.traced.admits(leaves)
+        return self._admitted[sizes]
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         states = [table[key] for table, key in self._slots]
