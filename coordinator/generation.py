@@ -123,6 +123,10 @@ class Generation:
         """Fails everything in flight, at once; ``culprit`` is the seq whose own error ended it. Idempotent."""
         if self.ended.done():
             return
+        if culprit is None and (found := self._failed_alone()) is not None:
+            culprit, cause = found
+            # Its peers were left waiting, or went on to another command: what they saw is a symptom.
+            ending = cause if ending.kind in ("collective", "broken") else ending
         self.ended.set_result(ending)
         if self._suspicion is not None:
             self._suspicion.cancel()
@@ -199,12 +203,23 @@ class Generation:
             failures = {rank: answer for rank, answer in pending.answers.items() if isinstance(answer, Failed)}
             self._end_uneven(seq, failures)
 
-    def _end_uneven(self, seq: int, failures: dict[int, Failed]) -> None:
-        rank = min(failures)
-        failure = failures[rank]
+    def _failed_alone(self) -> tuple[tuple[int, ServiceError], Ending] | None:
+        """The first command in flight that some rank failed by itself, with its own error, and what to say of it."""
+        for seq, pending in self._pending.items():
+            for rank, answer in sorted(pending.answers.items()):
+                if isinstance(answer, Failed) and not answer.collective:
+                    return self._alone(seq, rank, answer)
+        return None
+
+    def _alone(self, seq: int, rank: int, failure: Failed) -> tuple[tuple[int, ServiceError], Ending]:
         what = describe(self._pending[seq].command)
         error = from_code(failure.code, f"rank {rank} failed alone: {failure.message}")
-        self.end(Ending("uneven", f"rank {rank} failed alone in the {what}: {failure.message}", rank), (seq, error))
+        return (seq, error), Ending("uneven", f"rank {rank} failed alone in the {what}: {failure.message}", rank)
+
+    def _end_uneven(self, seq: int, failures: dict[int, Failed]) -> None:
+        rank = min(failures)
+        culprit, ending = self._alone(seq, rank, failures[rank])
+        self.end(ending, culprit)
 
     def _unavailable(self, ending: Ending) -> Unavailable:
         message = f"generation {self.number} has ended: {ending.reason}"

@@ -117,6 +117,7 @@ class LocalChannel:
         self._waiting: deque[tuple[bytes, list[int]]] = deque()
         self._owed: dict[int, Dispatch] = {}
         self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._reset = ""
 
     async def open(self, path: str, token: str) -> None:
         """Raises OSError or TimeoutError; then nothing has been opened, and the stream can be."""
@@ -176,7 +177,7 @@ class LocalChannel:
                 self._loop.add_writer(self._socket, self._resume)
                 return
             except OSError as error:
-                if error.errno != errno.EPIPE:  # of a closed connection the reader learns more
+                if error.errno not in (errno.EPIPE, errno.ECONNRESET):  # of a closed connection the reader learns more
                     self._disconnected(f"its socket failed: {error.strerror}")
                 return
             self._waiting.popleft()
@@ -195,13 +196,17 @@ class LocalChannel:
             data, ancillary, flags, _ = self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
+        except ConnectionResetError as error:
+            # It went with commands unread. What it said before, perhaps why, comes now, and then the end.
+            self._reset = f"its socket failed: {error.strerror}"
+            return
         except OSError as error:
             self._disconnected(f"its socket failed: {error.strerror}")
             return
         descriptors = _descriptors(ancillary)
         try:
             if not data:
-                self._disconnected("it closed its socket")
+                self._disconnected(self._reset or "it closed its socket")
             elif flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 self._disconnected("it sent a message that is too long")
             else:
