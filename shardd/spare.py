@@ -115,7 +115,8 @@ def _become(descriptors: list[int], between: int, supervisor: int) -> NoReturn:
     if os.getppid() != supervisor:
         os._exit(1)
     arguments = _hear(*descriptors)
-    set_title("shardd", *arguments)
+    sys.argv[:] = ["shardd", *arguments]
+    set_title(*sys.argv)
     from shardd.main import main as serve
 
     sys.exit(serve(arguments))

@@ -138,11 +138,15 @@ def port_file(directory: Path) -> Path:
 
 
 def read_port_file(directory: Path) -> str:
-    """The coordinator's address; empty before it has listened."""
+    """The coordinator's address; empty before it has listened. One that ends in order takes its file with it, and its
+    successor is to have the same address: so what was read once is kept."""
+    kept = directory / "coordinator.address"
     try:
-        return port_file(directory).read_text().strip()
+        address = port_file(directory).read_text().strip()
     except FileNotFoundError:
-        return ""
+        return kept.read_text() if kept.exists() else ""
+    kept.write_text(address)
+    return address
 
 
 def _program(name: str) -> Sequence[str]:

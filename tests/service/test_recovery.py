@@ -133,6 +133,15 @@ def test_without_its_spare_a_rank_is_started_from_nothing(running, log):
     until(lambda: spare_pid(log) != gone, "another spare")
 
 
+def test_a_coordinator_told_to_stop_comes_back_at_its_address(running):
+    before = serving(running)
+    os.kill(before["coordinator"]["pid"], signal.SIGTERM)
+    with Client(running.target, retries=True, timeout=40) as client:
+        until(lambda: serving(running)["coordinator"]["pid"] != before["coordinator"]["pid"], "a successor")
+        np.testing.assert_allclose(client.forward("mlp", {"x": X})["output"], expected(), rtol=1e-5, atol=1e-6)
+    assert [rank["pid"] for rank in serving(running)["ranks"]] == [rank["pid"] for rank in before["ranks"]]
+
+
 def test_nothing_outlives_a_killed_supervisor(running, log):
     spare = spare_pid(log)
     pids = [spare, *(rank["pid"] for rank in replaced(running, 1, signal.SIGKILL)["ranks"])]
