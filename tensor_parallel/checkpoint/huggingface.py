@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class HuggingFaceSource(Source):
                 "Hugging Face directories need the package transformers, which is not installed"
             ) from None
         self._library = huggingface_model
-        self._described = read_config(path, root)
+        self._described = huggingface_model.with_overrides(read_config(path, root), options.kwargs)
         self._stored = read_tensors(path, root)
 
     @cached_property
@@ -78,6 +79,10 @@ class HuggingFaceSource(Source):
         from tensor_parallel.checkpoint.huggingface_inputs import infer_constraints, infer_inputs
 
         if self.options.inputs:
+            # By name: what goes into a catch-all **kwargs is not looked at, and no forward would work.
+            taken = [p.name for p in signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+            if unknown := [option.name for option in self.options.inputs if option.name not in taken]:
+                raise InvalidInput(f"option inputs: {type(model).__name__} takes no {', '.join(unknown)}")
             return given_inputs(self.options.inputs), Constraints()
         inputs = infer_inputs(model)
         if unknown := [name for name in self.options.input_names if name not in inputs]:

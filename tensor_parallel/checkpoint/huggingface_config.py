@@ -20,7 +20,7 @@ class ConfigSource(HuggingFaceSource):
         from tensor_parallel.checkpoint import huggingface_model
 
         self._library = huggingface_model
-        self._described = read_config(path, Path("/"))
+        self._described = huggingface_model.with_overrides(read_config(path, Path("/")), options.kwargs)
         self._stored = {}
 
     def _build(self) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -26,7 +26,7 @@ from tensor_parallel.checkpoint.lazy import LazyTensor
 from tensor_parallel.checkpoint.memory import available_bytes
 from tensor_parallel.checkpoint.options import SourceOptions
 from tensor_parallel.checkpoint.stored import StoredTensor
-from tensor_parallel.errors import CheckpointError, DoesNotFit, TensorParallelError
+from tensor_parallel.errors import CheckpointError, DoesNotFit, InvalidInput, TensorParallelError
 
 # A checkpoint is a directory: nothing it names may be fetched. Read by huggingface_hub when it is first imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -42,6 +42,9 @@ TASKS = {
 
 _ATTENTION = ("sdpa", "eager")
 
+# Which code runs, and what other options say.
+_NOT_OVERRIDDEN = {"model_type", "architectures", "auto_map", "dtype", "torch_dtype"}
+
 _resolving = threading.Lock()  # transformers patches its own classes while it builds a model: one at a time
 
 
@@ -52,6 +55,32 @@ class Resolved:
     model: nn.Module
     tensors: dict[str, Tensor]
     unused: tuple[str, ...]
+
+
+def with_overrides(described: Mapping[str, Any], changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A parsed ``config.json`` with the values that a load asks for instead; of a nested config, those it names.
+
+    Raises :class:`InvalidInput` for what this type of model does not have, :class:`CheckpointError` as `make_config`.
+    """
+    if not changes:
+        return described
+    config = make_config(described, SourceOptions())
+    unknown = [key for key in changes if key not in described and callable(getattr(config, key, callable))]
+    if refused := sorted({key for key in changes if key.startswith("_")} | _NOT_OVERRIDDEN & set(changes)):
+        raise InvalidInput(f"option arguments: {', '.join(refused)} cannot be overridden")
+    if unknown:
+        raise InvalidInput(f"option arguments: a {described['model_type']} config has no {', '.join(sorted(unknown))}")
+    return _merged(described, changes)
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: (old[key], value) for key, value in new.items() if key in old}
+    nested = {
+        key: _merged(before, after)
+        for key, (before, after) in both.items()
+        if isinstance(before, Mapping) and isinstance(after, Mapping)
+    }
+    return {**old, **new, **nested}
 
 
 def make_config(described: Mapping[str, Any], options: SourceOptions) -> Any:

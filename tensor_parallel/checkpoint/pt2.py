@@ -35,6 +35,8 @@ class ArchiveSource(Source):
         super().__init__(path, options)
         if options.dtype is not None:
             raise InvalidInput("option dtype: an exported program runs in the dtype it was exported in")
+        if options.kwargs:
+            raise InvalidInput("option arguments: an exported program takes none")
         self._archive = open_archive(path)
         self._weights = self._payloads("weights", "weight_")
         self._constants = self._payloads("constants", "tensor_")

@@ -386,3 +386,38 @@ def test_names_that_no_model_has_are_only_unused(bert: Path) -> None:
     source = open_source(bert)
     source.build_meta()
     assert len(source.unused) == 4
+
+
+def test_arguments_override_the_config(saved: Callable[[str], Path]) -> None:
+    path = saved("bert")
+    usual = open_source(path)
+    source = open_source(path, options={"kwargs": {"num_hidden_layers": 1}})
+    assert len(source.build_meta().bert.encoder.layer) == 1
+    assert any("layer.1" in name for name in source.unused)
+    assert source.digest() != usual.digest()
+    assert len(usual.build_meta().bert.encoder.layer) == 2
+    source = open_source(path, options={"kwargs": {"id2label": {"0": "no"}}})
+    assert source.build_meta().config.id2label == {0: "no"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"num_hidden_layer": 1}, "bert config has no num_hidden_layer"),
+        ({"to_dict": 1}, "has no to_dict"),
+        ({"model_type": "gpt2"}, "model_type cannot be overridden"),
+        ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map cannot be overridden"),
+        ({"_attn_implementation": "flash_attention_2"}, "_attn_implementation cannot be overridden"),
+    ],
+)
+def test_arguments_that_the_config_does_not_have_are_refused(
+    arguments: dict[str, Any], reason: str, saved: Callable[[str], Path]
+) -> None:
+    with pytest.raises(InvalidInput, match=reason):
+        open_source(saved("bert"), options={"kwargs": arguments})
+
+
+def test_given_inputs_are_the_models_own(saved: Callable[[str], Path]) -> None:
+    spec = {"name": "pixels", "dtype": "float32", "shape": [None, 3]}
+    with pytest.raises(InvalidInput, match="BertForMaskedLM takes no pixels"):
+        open_source(saved("bert"), options={"inputs": [spec]}).build_meta()

@@ -76,6 +76,8 @@ def test_inputs_are_named_and_sized_as_exported(archive: Path) -> None:
 def test_options_that_make_no_sense_here_are_refused(archive: Path) -> None:
     with pytest.raises(InvalidInput, match="dtype"):
         open_source(archive, options={"dtype": "bfloat16"})
+    with pytest.raises(InvalidInput, match="arguments"):
+        open_source(archive, options={"kwargs": {"width": 3}})
     specs: list[dict[str, Any]] = [
         {"name": "x", "dtype": "float32", "shape": [4, None, 16]},
         {"name": "mask", "dtype": "float32", "shape": [4, None]},
