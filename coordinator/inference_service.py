@@ -104,6 +104,7 @@ class InferenceService:
         call = call_of(context)
         try:
             decoded = inference_codec.decode(data)
+            call = call.named(decoded.id)
             answer = b"".join(inference_codec.encode(await self._forward(decoded, call, "ModelInfer"), decoded.id))
         except Exception as error:
             await abort(context, error, call.request_id)
@@ -123,6 +124,7 @@ class InferenceService:
             try:
                 decoded = inference_codec.decode(data)
                 id = decoded.id
+                call = call.named(id)
                 result = await self._forward(decoded, call, "ModelStreamInfer")
                 answer = b"".join(inference_codec.encode_streamed(result, id))
             except Exception as error:

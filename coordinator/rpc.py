@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -19,18 +19,23 @@ _SAFE = re.compile(r"[\x21-\x7e]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """``deadline`` is in the event loop's clock, None when the client set none."""
+    """``deadline`` is in the event loop's clock, None when the client set none. ``made``: the id is our own."""
 
     request_id: str
     deadline: float | None
     trace_context: dict[str, str]
+    made: bool = False
+
+    def named(self, given: str) -> Call:
+        """The same call under the id of a message's own field, unless the metadata had one or it is not fit for one."""
+        return replace(self, request_id=given, made=False) if self.made and _SAFE.fullmatch(given) else self
 
 
 def call_of(context: grpc.aio.ServicerContext[Any, Any], given: str = "") -> Call:
     """The id is that of the metadata, else ``given`` (a field of the request), else a new one."""
     metadata = context.invocation_metadata() or ()
     candidates = [value for key, value in metadata if key == REQUEST_ID and isinstance(value, str)]
-    request_id = next((name for name in (*candidates, given) if _SAFE.fullmatch(name)), None) or uuid.uuid4().hex
+    request_id = next((name for name in (*candidates, given) if _SAFE.fullmatch(name)), None)
     remaining = context.time_remaining()
     deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
-    return Call(request_id, deadline, carrier_of(metadata))
+    return Call(request_id or uuid.uuid4().hex, deadline, carrier_of(metadata), made=request_id is None)

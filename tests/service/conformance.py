@@ -591,6 +591,19 @@ def request_id_is_made_up_where_none_is_given(env):
 
 
 @check
+def the_messages_own_id_is_the_request_id(env):
+    request = raw_request()
+    for given, expected in (("job-7/3", "job-7/3"), ("two words", None)):
+        request.id = given
+        answer, call = env.stub.ModelInfer.with_call(request, timeout=TIMEOUT)
+        known = dict(call.trailing_metadata())["x-request-id"]
+        assert answer.id == given
+        assert known == expected if expected else uuid.UUID(hex=known)
+    _, call = env.stub.ModelInfer.with_call(request, timeout=TIMEOUT, metadata=(("x-request-id", "abc-123"),))
+    assert dict(call.trailing_metadata())["x-request-id"] == "abc-123"
+
+
+@check
 def failures_carry_error_info(env):
     from google.rpc import error_details_pb2
     from grpc_status import rpc_status

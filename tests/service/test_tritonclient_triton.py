@@ -34,6 +34,7 @@ DIFFERS = {
     # More than Triton gives.
     "request_id_comes_back_in_trailing_metadata": "has no x-request-id",
     "request_id_is_made_up_where_none_is_given": "has no x-request-id",
+    "the_messages_own_id_is_the_request_id": "has no x-request-id",
     "failures_carry_error_info": "has no google.rpc.ErrorInfo",
     "stream_failure_says_which_request_and_why": "has no status code beside the message",
     "stream_with_strict_errors_ends_with_the_status": "of this version knows no triton_grpc_error; later ones do",
