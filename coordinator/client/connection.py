@@ -15,6 +15,7 @@ from coordinator.retry import RetryPolicy
 
 Pem = bytes | str | Path | None
 Options = Sequence[tuple[str, Any]]
+_LONGEST_ID = 128  # what the coordinator takes; a longer one it would replace
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A model's tensors are as large as they are; the server has its own limit and says so.
@@ -88,6 +89,8 @@ class Connection:
         """``tls``: None or False is plaintext, True the system's roots, a path or PEM bytes the CA, or a `Tls`."""
         if not target or any(character.isspace() for character in target):
             raise InvalidInputError(f"target {target!r} is not an address; give HOST:PORT or unix:/path")
+        if not _is_word(token or ""):
+            raise InvalidInputError("the token must be printable ASCII without spaces")  # and stay out of messages
         settings = dict(_CHANNEL_OPTIONS) | ({"grpc.enable_http_proxy": 0} if _local(target) else {})
         if tls is True:
             tls = Tls()
@@ -113,7 +116,18 @@ class Connection:
 
 def new_request_id(given: str | None = None) -> str:
     """Made here rather than by the coordinator, so that an error has it even if nothing was reached."""
-    return given or uuid.uuid4().hex
+    if not given:
+        return uuid.uuid4().hex
+    if not (_is_word(given) and len(given) <= _LONGEST_ID):
+        raise InvalidInputError(
+            f"request id {given[:40]!r} must be printable ASCII, at most {_LONGEST_ID} characters, no spaces"
+        )
+    return given
+
+
+def _is_word(text: str) -> bool:
+    """Whether it can travel in gRPC's metadata, which takes printable ASCII alone."""
+    return all("!" <= character <= "~" for character in text)
 
 
 def _local(target: str) -> bool:

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.client import InvalidInputError, RequestError, arrays, calls, stream
+from coordinator.client import Client, InvalidInputError, RequestError, arrays, calls, stream
+from coordinator.client.connection import new_request_id
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import tensor_pb2
 
@@ -224,3 +225,16 @@ def test_dictionaries_have_every_field_and_plain_values():
         {"name": "x", "dtype": "int64", "shape": [-1], "optional": False, "minimum": None, "maximum": 7}
     ]
     assert calls.to_dict(pb.LoadProgress(stage=pb.LoadProgress.READING))["stage"] == "READING"
+
+
+@pytest.mark.parametrize("given", ["a\nb", "two words", "\u00e9", "x" * 129], ids=ascii)
+def test_a_request_id_that_metadata_cannot_carry_is_the_callers_error(given):
+    with pytest.raises(InvalidInputError, match="request id"):
+        new_request_id(given)
+    assert new_request_id("job-7/3") == "job-7/3"
+
+
+def test_a_token_that_metadata_cannot_carry_is_refused_and_not_shown():
+    with pytest.raises(InvalidInputError, match="token") as caught:
+        Client("127.0.0.1:1", token="s\u00e9cret\n")
+    assert "cret" not in str(caught.value)
