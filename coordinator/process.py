@@ -27,12 +27,13 @@ async def serve(config: Config) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     log = get_logger()
-    log.info("starting", pid=os.getpid(), ranks=config.world_size, listen=config.listen)
     desired = DesiredState(config.state_dir)
     server = Server(config)
     metrics = Metrics(version=version())
     exporter = _exporter(config, metrics)
     core = Core(config, metrics, desired, identity(server.address))
+    # Only now: whoever cannot start as told says that alone.
+    log.info("starting", pid=os.getpid(), ranks=config.world_size, listen=config.listen)
     tracing = from_environment()
     await server.start(core, tracing)
     core.start()

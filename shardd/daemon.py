@@ -59,7 +59,6 @@ class Daemon:
     def run(self) -> None:
         """Serve until SIGTERM. Raises ``BindError`` or ``DeviceError`` when the daemon cannot start as told."""
         config = self._config
-        self._log.info("starting", pid=os.getpid(), world_size=config.world_size, device=config.device)
         self._rendezvous = reserve(config)
         self._board = Board(
             Identity(config.rank, config.world_size),
@@ -90,6 +89,8 @@ class Daemon:
         if config.metrics_listen is not None:
             self._metrics.watch(self._board.status)
             where["metrics"] = str(self._metrics.listen(config.metrics_listen))
+        # Only now: whoever cannot start as told says that alone.
+        self._log.info("starting", pid=os.getpid(), world_size=config.world_size, device=config.device)
         for each in self._servers:
             each.start()
         if config.port_file is not None:

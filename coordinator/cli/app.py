@@ -42,18 +42,32 @@ class _Verbs(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        said = bool(args)
+        try:
+            return super().parse_args(context, args)
+        except click.UsageError as error:
+            if not said:  # which shows the help
+                raise
+            leave(_misused(error), as_json=bool(settings_of(context).json))
+
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except click.ClickException as error:
-            if not settings_of(context).json:
-                raise
-            leave(Failure(error.format_message(), error.exit_code), as_json=True)
+            leave(_misused(error), as_json=bool(settings_of(context).json))
         except Exception as error:
             settings = settings_of(context)
             leave(_failure(error, settings.address), as_json=bool(settings.json))
+
+
+def _misused(error: click.ClickException) -> Failure:
+    """In one line like every failure, where click would print the usage above it."""
+    context = getattr(error, "ctx", None)
+    hint = f"`{context.command_path} --help` says how" if context is not None else ""
+    return Failure(error.format_message().replace("\n", " "), error.exit_code, hint)
 
 
 def _failure(error: Exception, target: str) -> Failure:
@@ -90,6 +104,7 @@ shardctl = shared(shardctl, variables=True)
 
 
 def main() -> None:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C++ messages are no lines of ours; errors are exceptions here
     try:
         shardctl()
     except BrokenPipeError:
