@@ -26,7 +26,9 @@ class Fault:
     kind: str
     at: float
     target: str
-    serving_again: float | None = None  # seconds from the fault (from the restart, for a coordinator)
+    serving_again: float | None = None  # seconds from the fault
+    wall: float = 0.0  # when, by the clock that logs tell
+    restarted: float | None = None  # seconds from the fault until the replacement was started
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,34 @@ class Timeline:
 
     def outcomes(self) -> Counter[str]:
         return Counter(answer.outcome for answer in self.answers)
+
+    def counted(self) -> dict[str, int]:
+        """How many, of each kind of answer; every run has these."""
+        counts = self.outcomes()
+        named = ("ok", "UNAVAILABLE", "wrong", "DEADLINE_EXCEEDED")
+        return {
+            "faults": len(self.faults),
+            "requests": len(self.answers),
+            "ok": counts["ok"],
+            "unavailable": counts["UNAVAILABLE"],
+            "wrong": counts["wrong"],
+            "past_deadline": counts["DEADLINE_EXCEEDED"],
+            "other": sum(counts.values()) - sum(counts[name] for name in named),
+            "retrying_failed": sum(a.retried and a.outcome != "ok" for a in self.answers),
+            "health_lies": len(self.lies()),
+        }
+
+    def again(self, kind: str) -> list[float]:
+        """Seconds until it served again, of each fault of ``kind``."""
+        return [f.serving_again for f in self.faults if f.kind == kind and f.serving_again is not None]
+
+    def restarted(self, kind: str) -> list[float]:
+        """The same, counted from the restart of what was killed."""
+        return [
+            f.serving_again - f.restarted
+            for f in self.faults
+            if f.kind == kind and f.serving_again is not None and f.restarted is not None
+        ]
 
     def notices(self, kind: str) -> list[float]:
         """Seconds from each fault of ``kind`` to UNAVAILABLE at each client that was waiting, sorted."""
