@@ -10,7 +10,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import threading
 from bisect import insort
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,11 +77,12 @@ class Place:
 class Lease:
     """Places that belong to one command; they are free again when nothing refers to the lease any more."""
 
-    __slots__ = ("_arena", "_places", "outputs")
+    __slots__ = ("_arena", "_kept", "_places", "outputs")
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._places: list[Place] = []
+        self._kept: list[Lease] = []
         self.outputs: Place | None = None
 
     def put(self, segments: Sequence[Buffer], size: int) -> Place:
@@ -94,6 +97,22 @@ class Lease:
             position += len(data)
         return place
 
+    def room(self, size: int) -> memoryview:
+        """``size`` bytes where ranks read inputs, for the caller to fill; the view keeps the lease."""
+        place = self._arena.take(size, shared=True)
+        self._places.append(place)
+        return self._held(place.segment.memory[0], place.offset, size, place)
+
+    def adopt(self, data: Buffer) -> Place | None:
+        """Where ``data`` lies already, if it is a whole ``room`` of the same arena; it is then kept as long as this."""
+        held = data.obj if isinstance(data, memoryview) else None
+        if not isinstance(held, _Held) or held.lease is None or held.place is None or held.nbytes != len(data):
+            return None
+        if held.lease._arena is not self._arena:
+            return None
+        self._kept.append(held.lease)
+        return held.place
+
     def expect(self, size: int) -> Place:
         """A place of ``size`` bytes in every rank's own output segment. Raises ResourceExhausted."""
         self.outputs = self._arena.take(size, shared=False)
@@ -105,8 +124,11 @@ class Lease:
         place = self.outputs
         if place is None or offset < place.offset or offset + size > place.offset + place.size:
             raise ValueError(f"output bytes {offset} to {offset + size} are not where they were expected")
-        held: Any = np.frombuffer(place.segment.memory[rank], np.uint8, size, offset).view(_Held)
-        held.lease = self
+        return self._held(place.segment.memory[rank], offset, size)
+
+    def _held(self, memory: mmap.mmap, offset: int, size: int, place: Place | None = None) -> memoryview:
+        held: Any = np.frombuffer(memory, np.uint8, size, offset).view(_Held)
+        held.lease, held.place = self, place
         return memoryview(held)
 
     def __del__(self) -> None:
@@ -118,6 +140,8 @@ class _Held(np.ndarray):
     """An array that keeps its lease; a memoryview of it keeps the array."""
 
     lease: Lease | None = None
+    place: Place | None = None
+    """Of inputs that were written here directly."""
 
 
 class Arena:
@@ -126,10 +150,14 @@ class Arena:
     def __init__(self, world_size: int, *, reclaim: bool = True) -> None:
         self._world_size = world_size
         self._reclaim = reclaim
+        self._owner = threading.get_ident()
+        self._returned: deque[Place] = deque()  # by other threads, which dropped the last view
         self.segments: list[Segment] = []
 
     def take(self, size: int, *, shared: bool) -> Place:
         """``size`` bytes in the inputs' memory (``shared``) or in every rank's own. Raises ResourceExhausted."""
+        while self._returned:
+            self.give_back(self._returned.popleft())
         rounded = max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT)
         for segment in self.segments:
             if segment.shared is shared:
@@ -142,6 +170,9 @@ class Arena:
         return Place(segment, offset, rounded)
 
     def give_back(self, place: Place) -> None:
+        if threading.get_ident() != self._owner:
+            self._returned.append(place)
+            return
         if self._reclaim and place.size >= RECLAIM:
             start = -(-place.offset // mmap.PAGESIZE) * mmap.PAGESIZE
             length = (place.offset + place.size) // mmap.PAGESIZE * mmap.PAGESIZE - start

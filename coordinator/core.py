@@ -133,7 +133,10 @@ class Core:
         if not shared and not request.output_regions:
             return await self._forwarder.run(request)
         inward = sum(region.byte_size for region in shared)
-        targets = await _copying(inward, self._regions.take, request)
+        generation = self._fleet.generation
+        rooms = self._regions.rooms(request, generation.room) if generation is not None else {}
+        targets = await _copying(inward, self._regions.take, request, rooms)
+        del rooms
         result = await self._forwarder.run(request)
         outward = sum(value.byte_size for value in result.outputs if value.name in targets)
         await _copying(outward, put, result, request, targets)

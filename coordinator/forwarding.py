@@ -128,15 +128,17 @@ class Forwarder:
             return
         executed = [answer for answer in answers if answer is not None]
         ranks = [(answer.forward, answer.collective, answer.copy) for answer in executed]
-        _count(entry, batch, seconds)
+        forward = max(answer.forward for answer in executed)
+        copy = max(answer.copy for answer in executed)
+        _count(entry, batch, seconds, forward, copy)
         for ticket, values in zip(batch, outputs, strict=True):
             if ticket.future.done():
                 continue
             timings = ticket.timings
             timings.dispatch = seconds
-            timings.forward = max(answer.forward for answer in executed)
+            timings.forward = forward
             timings.collective = max(answer.collective for answer in executed)
-            timings.copy = max(answer.copy for answer in executed)
+            timings.copy = copy
             timings.rows = sum(t.rows for t in batch)
             timings.ranks = ranks
             ticket.future.set_result(InferResult(entry.name, entry.version, values, timings, ticket.request.request_id))
@@ -168,7 +170,7 @@ def _answer_all(batch: Sequence[Ticket], error: BaseException) -> None:
             ticket.future.set_exception(error)
 
 
-def _count(entry: ModelVersion, batch: Sequence[Ticket], seconds: float) -> None:
+def _count(entry: ModelVersion, batch: Sequence[Ticket], seconds: float, forward: float, copy: float) -> None:
     totals = entry.statistics
     rows = sum(ticket.rows for ticket in batch)
     totals.executions += 1
@@ -179,6 +181,8 @@ def _count(entry: ModelVersion, batch: Sequence[Ticket], seconds: float) -> None
         totals.requests_ok += 1
         totals.queue_ns += round(ticket.timings.queue * 1e9)
         totals.compute_ns += round(seconds * 1e9)
+        totals.forward_ns += round(forward * 1e9)
+        totals.copy_ns += round(copy * 1e9)
         totals.success_ns += round((ticket.timings.queue + seconds) * 1e9)
 
 

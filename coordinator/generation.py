@@ -119,6 +119,10 @@ class Generation:
         if self._leaving is not None and not self._pending:
             self.end(self._leaving)
 
+    def room(self, size: int) -> memoryview | None:
+        """Memory that the ranks of this host read, for ``size`` bytes of an input; None where there is none."""
+        return self._memory.room(size) if self._memory is not None else None
+
     def end(self, ending: Ending, culprit: tuple[int, ServiceError] | None = None) -> None:
         """Fails everything in flight, at once; ``culprit`` is the seq whose own error ended it. Idempotent."""
         if self.ended.done():

@@ -82,7 +82,11 @@ def statistics(info: pb.ModelInfo, version: str, totals: ModelStatistics, device
     _duration(stats.success, totals.requests_ok, totals.success_ns)
     _duration(stats.fail, totals.requests_failed, totals.failed_ns)
     _duration(stats.queue, totals.requests_ok, totals.queue_ns)
-    _duration(stats.compute_infer, totals.requests_ok, totals.compute_ns)
+    # The way to the ranks and back counts as preparing the inputs.
+    travel = max(0, totals.compute_ns - totals.forward_ns - totals.copy_ns)
+    _duration(stats.compute_input, totals.requests_ok, travel)
+    _duration(stats.compute_infer, totals.requests_ok, totals.forward_ns)
+    _duration(stats.compute_output, totals.requests_ok, totals.copy_ns)
     for rows, executions in sorted(totals.batches.items()):
         answer.batch_stats.add(batch_size=rows).compute_infer.count = executions
     for rank, held in enumerate(info.bytes_per_rank):

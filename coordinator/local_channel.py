@@ -70,7 +70,8 @@ class LocalMemory:
             pieces += tensor_pieces(_INPUTS, entry.value, entry.segments if inline else ())
             if not inline:
                 size = entry.byte_size
-                place = lease.put(entry.segments, size)
+                whole = lease.adopt(entry.segments[0]) if len(entry.segments) == 1 else None
+                place = whole or lease.put(entry.segments, size)
                 message.arena_inputs.add(offset=place.offset, byte_size=size, segment=place.segment.number)
         expected = self._needed.get(_shapes(command), 0)
         if expected > INLINE:
@@ -82,6 +83,10 @@ class LocalMemory:
         if len(raw) > MAX_MESSAGE:
             raise InvalidArgument(f"a command of {len(raw)} bytes, tensors not counted, is too long")
         return raw, lease
+
+    def room(self, size: int) -> memoryview | None:
+        """Where ``size`` bytes of an input can be written by whoever has them; None if they travel inline anyway."""
+        return Lease(self.arena).room(size) if size > INLINE else None
 
     def learn(self, command: Execute, size: int) -> None:
         """Outputs of ``size`` bytes came from one rank."""

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import weakref
+from collections.abc import Callable, Mapping
 
 from coordinator.errors import (
     AlreadyExists,
@@ -26,6 +27,7 @@ from coordinator.wire import flat
 SHARED_MEMORY = "/dev/shm"
 MOST = 1024  # regions: each is an open file
 MAX_NAME = 256
+Room = Callable[[int], memoryview | None]
 _KEY = re.compile(r"/?([A-Za-z0-9_][A-Za-z0-9_.\-]{0,200})")
 
 
@@ -39,13 +41,14 @@ class Region:
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
 
-    def read(self, part: RegionRef, what: str) -> memoryview:
-        """The part's bytes, copied. Raises InvalidArgument when it is outside the region, or the object has shrunk."""
-        self._check(part, what)
-        data = bytearray(part.byte_size)
-        view = memoryview(data)
+    def read(self, part: RegionRef, what: str, room: memoryview | None = None) -> memoryview:
+        """The part's bytes, copied to ``room`` if it is given. Raises InvalidArgument when the part is outside the
+        region, or the object has shrunk.
+        """
+        self.check(part, what)
+        view = memoryview(bytearray(part.byte_size)) if room is None else room
         done = 0
-        while done < len(data):
+        while done < len(view):
             got = os.preadv(self._descriptor, [view[done:]], self.offset + part.offset + done)
             if got == 0:
                 raise InvalidArgument(f"{what}: shared memory region {part.region!r} has shrunk")
@@ -54,7 +57,7 @@ class Region:
 
     def write(self, part: RegionRef, data: memoryview, what: str) -> None:
         """Raises InvalidArgument when the part is too small or outside the region, or the object has shrunk."""
-        self._check(part, what)
+        self.check(part, what)
         if len(data) > part.byte_size:
             raise InvalidArgument(f"{what} takes {len(data)} bytes, its part of {part.region!r} has {part.byte_size}")
         start = self.offset + part.offset
@@ -64,7 +67,7 @@ class Region:
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], start + done)
 
-    def _check(self, part: RegionRef, what: str) -> None:
+    def check(self, part: RegionRef, what: str) -> None:
         if part.offset + part.byte_size > self.byte_size:
             raise InvalidArgument(
                 f"{what}: bytes {part.offset} to {part.offset + part.byte_size} are outside shared memory region "
@@ -112,11 +115,22 @@ class Regions:
         except KeyError:
             raise InvalidArgument(f"Unable to find shared memory region: {part.region!r}") from None
 
-    def take(self, request: InferRequest) -> dict[str, Region]:
+    def rooms(self, request: InferRequest, room: Room) -> dict[str, memoryview | None]:
+        """Where ``take`` shall write each shared input. Raises ServiceError."""
+        found: dict[str, memoryview | None] = {}
+        for value in request.inputs:
+            if value.region is not None and value.region.byte_size == value.byte_size:
+                self.find(value.region).check(value.region, f"input {value.name!r}")
+                found[value.name] = room(value.byte_size)
+        return found
+
+    def take(self, request: InferRequest, rooms: Mapping[str, memoryview | None] | None = None) -> dict[str, Region]:
         """Puts the bytes of shared inputs in place of their regions; returns the regions that outputs go to, by output.
 
-        Blocks for as long as the copy takes. Raises InvalidArgument.
+        ``rooms`` is where the bytes go, by input; else to memory of their own. Blocks for as long as the copy takes.
+        Raises InvalidArgument.
         """
+        rooms = rooms or {}
         targets = {name: self.find(part) for name, part in request.output_regions.items()}
         for value in request.inputs:
             if value.region is not None:
@@ -126,7 +140,8 @@ class Regions:
                         f"{what} takes {value.byte_size} bytes, its part of {value.region.region!r} has "
                         f"{value.region.byte_size}"
                     )
-                value.data, value.region = self.find(value.region).read(value.region, what), None
+                data = self.find(value.region).read(value.region, what, rooms.get(value.name))
+                value.data, value.region = data, None
         return targets
 
 

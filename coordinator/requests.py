@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,9 @@ async def run(
     finally:
         seconds = time.perf_counter() - started
         core.metrics.request_finished(request.model, code, seconds)
-        get_logger().info(
-            "forward", model=request.model, request_id=call.request_id, seconds=round(seconds, 6), status=code
-        )
+        # The line is written once the answer is on its way.
+        asyncio.get_running_loop().call_soon(_log, request.model, call.request_id, round(seconds, 6), code)
+
+
+def _log(model: str, request_id: str, seconds: float, status: str) -> None:
+    get_logger().info("forward", model=model, request_id=request_id, seconds=seconds, status=status)

@@ -90,6 +90,11 @@ class ModelStatistics:
     requests_failed: int = 0
     queue_ns: int = 0
     compute_ns: int = 0
+    """From dispatch to the last rank's answer."""
+    forward_ns: int = 0
+    """Of ``compute_ns``, inside the model on the slowest rank."""
+    copy_ns: int = 0
+    """Of ``compute_ns``, taking inputs in and outputs out on the slowest rank."""
     success_ns: int = 0
     failed_ns: int = 0
     executions: int = 0

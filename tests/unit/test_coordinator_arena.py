@@ -2,6 +2,7 @@ import fcntl
 import gc
 import mmap
 import os
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -122,3 +123,38 @@ def test_views_outlive_the_arena():
     assert len(os.listdir("/proc/self/fd")) == before - 1
     del arena, lease
     assert bytes(view) == bytes(64)
+
+
+def test_an_input_written_in_place_is_adopted_and_kept():
+    arena = Arena(2)
+    room = Lease(arena).room(4096)
+    room[:] = b"7" * 4096
+    lease = Lease(arena)
+    place = lease.adopt(room)
+    assert bytes(place.segment.memory[0][place.offset : place.offset + 4096]) == b"7" * 4096
+    segment = place.segment
+    del room, place
+    assert segment.free != [(0, segment.size)]
+    del lease
+    assert segment.free == [(0, segment.size)]
+
+
+def test_what_is_no_whole_room_of_this_arena_is_not_adopted():
+    arena = Arena(1)
+    lease = Lease(arena)
+    room = Lease(arena).room(4096)
+    assert lease.adopt(room[:2048]) is None
+    assert lease.adopt(Lease(Arena(1)).room(64)) is None
+    assert lease.adopt(lease.view(0, lease.expect(64).offset, 64)) is None
+    assert lease.adopt(b"x") is None
+
+
+def test_a_place_dropped_on_another_thread_is_free_for_the_next_taker():
+    arena = Arena(1)
+    rooms = [Lease(arena).room(64)]
+    segment = arena.segments[0]
+    thread = threading.Thread(target=rooms.clear)
+    thread.start()
+    thread.join()
+    assert segment.free == [(64, segment.size - 64)]
+    assert arena.take(segment.size, shared=True).segment is segment
