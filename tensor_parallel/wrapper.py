@@ -16,9 +16,11 @@ from tensor_parallel.planner.shard import Shard
 
 
 class DistributedModelWrapper(nn.Module):
-    """``model`` sharded automatically: each rank holds its part of every large tensor and runs its part of the computation.
+    """``model`` sharded automatically: each rank holds its part of every large tensor and runs its part of the
+    computation.
 
-    Called like the model, it returns what the model returns, on every rank. Parameters, gradients and ``state_dict`` are this
+    Called like the model, it returns what the model returns, on every rank. Parameters, gradients and
+    ``state_dict`` are this
     rank's parts under the model's own names.
 
     Args:
@@ -45,7 +47,9 @@ class DistributedModelWrapper(nn.Module):
         super().__init__()
         self._group = group or (default_group() if world_size > 1 else Group(0, 1))
         if (self._group.rank, self._group.world_size) != (rank, world_size):
-            raise PlanError(f"the group is rank {self._group.rank} of {self._group.world_size}, not {rank} of {world_size}")
+            raise PlanError(
+                f"the group is rank {self._group.rank} of {self._group.world_size}, not {rank} of {world_size}"
+            )
         self._verify, self._sequence_parallel = verify, sequence_parallel
         self._plan: Plan | None = None
         self._waiting: tuple[nn.Module, ...] = (model,)  # in a tuple: not a submodule
@@ -101,7 +105,8 @@ class DistributedModelWrapper(nn.Module):
 
     # ------------------------------------------------------------------ checkpoints
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The ordinary checkpoint of the whole model, on rank 0's CPU; the others get ``{}``. Every rank must call it."""
+        """The ordinary checkpoint of the whole model, on rank 0's CPU; the others get ``{}``. Every rank must
+        call it."""
         self._require_shards("state")
         result: dict[str, Tensor] = {}
         local = self.state_dict()
@@ -115,7 +120,9 @@ class DistributedModelWrapper(nn.Module):
     def load_full_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
         """Take this rank's parts from an ordinary checkpoint, given alike on every rank."""
         self._require_shards("state")
-        self.load_state_dict({n: self._shard_of(n).take(t, self._group.rank) if self._known(n) else t for n, t in state.items()}, strict)
+        self.load_state_dict(
+            {n: self._shard_of(n).take(t, self._group.rank) if self._known(n) else t for n, t in state.items()}, strict
+        )
 
     def _known(self, name: str) -> bool:
         return self.plan.tied.get(name, name) in self.plan.shards
@@ -135,7 +142,8 @@ class DistributedModelWrapper(nn.Module):
 
     # ------------------------------------------------------------------ training
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip gradients by the norm of the whole model's gradient, as ``torch.nn.utils.clip_grad_norm_`` on the unsharded model.
+        """Clip gradients by the norm of the whole model's gradient, as ``torch.nn.utils.clip_grad_norm_`` on
+        the unsharded model.
 
         Returns that norm, equal on every rank. Every rank must call it.
         """

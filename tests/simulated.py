@@ -81,7 +81,7 @@ def run_ranks(ranks: int, body: Callable[[Group], Any]) -> list[Any]:
     def main(rank: int) -> None:
         try:
             results[rank] = body(Group(rank, ranks, ThreadBackend(meeting, rank)))
-        except BaseException as error:  # noqa: BLE001  raised again below
+        except BaseException as error:
             if not isinstance(error, CollectiveAborted):
                 failures.insert(0, error)
             else:

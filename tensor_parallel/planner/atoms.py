@@ -1,8 +1,11 @@
 """Which indices must live together: a union-find over *atoms*.
 
-Each index along the divided dimension of a weight is an atom. Rules join atoms that an operation needs on one rank: the features of
-one attention head, a gate and the value it multiplies, a query head and its key head, the input feature that consumes an output
-feature. What remains separate after the whole graph may be dealt to ranks freely. Head counts, fused layouts in any interleaving,
+Each index along the divided dimension of a weight is an atom. Rules join atoms that an operation needs on one rank:
+the features of
+one attention head, a gate and the value it multiplies, a query head and its key head, the input feature that consumes
+an output
+feature. What remains separate after the whole graph may be dealt to ranks freely. Head counts, fused layouts in any
+interleaving,
 grouped queries and tied weights all come out of this one relation.
 """
 
@@ -73,7 +76,7 @@ class Atoms:
         """``piece`` is used apart from the rest of its weight: deal it to ranks evenly by itself."""
         segments = self._segment[piece]
         base = int(self._segment.max(initial=0)) + 1
-        unique, inverse = np.unique(segments, return_inverse=True)
+        _, inverse = np.unique(segments, return_inverse=True)
         self._segment[piece] = base + inverse.reshape(segments.shape)
 
     def weights(self, labels: Labels) -> frozenset[str]:

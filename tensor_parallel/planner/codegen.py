@@ -1,6 +1,7 @@
 """From a program to the Python function one rank runs.
 
-Plain generated source, one line per step: the fastest thing to call and easy to read (``module.source``). Values are dropped after
+Plain generated source, one line per step: the fastest thing to call and easy to read (``module.source``). Values are
+dropped after
 their last use, so that activations live as long as in eager code.
 """
 
@@ -90,7 +91,7 @@ def generate(
     source = "\n".join(lines) + "\n"
     filename = f"<planned forward {tag} rank {rank}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    exec(compile(source, filename, "exec"), scope)  # noqa: S102  our own source, from our own plan
+    exec(compile(source, filename, "exec"), scope)
     del names
     return scope["forward"], source
 

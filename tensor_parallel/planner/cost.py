@@ -1,7 +1,9 @@
 """What a plan costs: bytes per rank, and the time its collectives take on a given network.
 
-Bytes come first: a weight that no rank holds whole is what tensor parallelism is for. Communication is priced in seconds from the
-latency and bandwidth of the group (the usual alpha-beta model; Thakur et al., "Optimization of Collective Communication Operations
+Bytes come first: a weight that no rank holds whole is what tensor parallelism is for. Communication is priced in
+seconds from the
+latency and bandwidth of the group (the usual alpha-beta model; Thakur et al., "Optimization of Collective
+Communication Operations
 in MPICH", 2005), relative to the collectives a plan of this depth cannot avoid.
 """
 
@@ -45,7 +47,7 @@ def bytes_per_rank(tensors: Tensors, divisions: Mapping[str, Division], ranks: i
             if division is None:
                 held[rank] += stored.nbytes
             else:
-                dim, owner = division
+                _, owner = division
                 held[rank] += stored.nbytes // max(1, len(owner)) * owner.count(rank)
     return tuple(held)
 

@@ -1,7 +1,9 @@
 """Propagation of placements through a traced graph: the walk shared by solving and proving.
 
-*Solving* carries atoms and joins them, to find out which indices of which weights should live together. *Proving* carries ranks
-and checks every step, and writes the program. Both run the same rules (``rules/``), so what is proven is what was solved for.
+*Solving* carries atoms and joins them, to find out which indices of which weights should live together. *Proving*
+carries ranks
+and checks every step, and writes the program. Both run the same rules (``rules/``), so what is proven is what was
+solved for.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.errors import PlanError
+from tensor_parallel.planner import runtime
 from tensor_parallel.planner.export import Shapes, Traced
 from tensor_parallel.planner.placement import (
     PARTIAL,
@@ -27,7 +30,6 @@ from tensor_parallel.planner.placement import (
     Undecided,
     Unproven,
 )
-from tensor_parallel.planner import runtime
 from tensor_parallel.planner.program import PerRank, Ref
 
 aten = torch.ops.aten
@@ -121,7 +123,7 @@ class Call:
         bound = {**self.bound, **replacements}
         positional = [a for a in self.arguments if not a.kwarg_only]
         last = max((i for i, a in enumerate(positional) if a.name in bound), default=-1)
-        args = tuple(bound[a.name] if a.name in bound else a.default_value for a in positional[: last + 1])
+        args = tuple(bound.get(a.name, a.default_value) for a in positional[: last + 1])
         return args, {a.name: bound[a.name] for a in self.arguments if a.kwarg_only and a.name in bound}
 
 
@@ -157,7 +159,9 @@ class Engine:
 
     solving = False
 
-    def __init__(self, traced: Traced, ranks: int, assignments: int, rules: dict[str, Rule], partial_rules: dict[str, Rule]) -> None:
+    def __init__(
+        self, traced: Traced, ranks: int, assignments: int, rules: dict[str, Rule], partial_rules: dict[str, Rule]
+    ) -> None:
         self.traced, self.ranks, self.assignments = traced, ranks, assignments
         self.rules, self.partial_rules = rules, partial_rules
         self.env: dict[fx.Node, Any] = {}
@@ -172,7 +176,8 @@ class Engine:
     def regroup(self, labels: Sequence[Any], offset: int) -> tuple[int, Owners]:
         """The one dimension along which owner arrays (one per assignment) vary, and the owners along it.
 
-        ``offset`` is the position of their first dimension within the whole result. Raises Unproven when they vary along several.
+        ``offset`` is the position of their first dimension within the whole result. Raises Unproven when they
+        vary along several.
         """
         raise NotImplementedError
 
@@ -201,11 +206,13 @@ class Engine:
         """Settle an undecided parameter as replicated."""
 
     def divide(self, value: Value, dim: int) -> Owners:
-        """Settle an undecided parameter by dividing this view's ``dim``, each index on its own; raises Unproven if it may not be."""
+        """Settle an undecided parameter by dividing this view's ``dim``, each index on its own; raises
+        Unproven if it may not be."""
         raise Unproven("everything is settled")
 
     def settle_for_pieces(self, value: Value, dim: int) -> bool:
-        """Settle an undecided parameter that is about to be cut into pieces along ``dim``; False to leave it undecided."""
+        """Settle an undecided parameter that is about to be cut into pieces along ``dim``; False to leave it
+        undecided."""
         return False
 
     def settle_for_reshape(self, value: Value) -> None:
@@ -240,7 +247,8 @@ class Engine:
         shapes = call.shapes if index is None else call.shapes[index]
         dtype = call.dtypes if index is None else call.dtypes[index]
         if isinstance(place, Sharded) and any(
-            place.dim >= len(shape) or len(owner) != shape[place.dim] for shape, owner in zip(shapes, place.owners, strict=True)
+            place.dim >= len(shape) or len(owner) != shape[place.dim]
+            for shape, owner in zip(shapes, place.owners, strict=True)
         ):
             raise Unproven("the result's sizes are not those the rule expects")
         grad = dtype.is_floating_point and any(v.grad for v in call.values())
@@ -252,7 +260,8 @@ class Engine:
         return self.emit(call.op, *args, **kwargs)
 
     def replay_with(self, call: Call, refs: dict[int, Ref | None], /, **replacements: Any) -> Ref | None:
-        """The call on local operands: ``refs`` by operand, every other operand whole and entering the divided region."""
+        """The call on local operands: ``refs`` by operand, every other operand whole and entering the divided
+        region."""
 
         def local(leaf: Any) -> Any:
             if not isinstance(leaf, Value):
@@ -347,7 +356,8 @@ class Engine:
         return self.visit_op(node, args, kwargs)
 
     def visit_region(self, node: fx.Node, args: Any) -> Any:
-        """A region that only sets a mode (gradients, autocast off) is walked in place; any other nested graph is refused."""
+        """A region that only sets a mode (gradients, autocast off) is walked in place; any other nested graph
+        is refused."""
         name = str(node.target)
         if name == "wrap_with_set_grad_enabled":
             module, operands = args[1], args[2:]

@@ -1,7 +1,9 @@
 """Tracing a model into one functional graph of ATen operations, without its weights.
 
-``torch.export`` with free batch and sequence dimensions, then ``run_decompositions({})``, which functionalises and keeps composite
-operations such as ``linear`` whole. Parameters are traced as reserved address space (``reserve``), so a model of any size costs
+``torch.export`` with free batch and sequence dimensions, then ``run_decompositions({})``, which functionalises and
+keeps composite
+operations such as ``linear`` whole. Parameters are traced as reserved address space (``reserve``), so a model of any
+size costs
 megabytes. Mutation that remains after functionalisation is refused: a gathered copy would silently break its aliasing.
 """
 
@@ -98,7 +100,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
     for example_args, example_kwargs, free in _attempts(args, kwargs):
         try:
             exported = _export(model, example_args, example_kwargs, free)
-        except Exception as error:  # noqa: BLE001  tracing runs arbitrary model code: any failure means "not this way"
+        except Exception as error:
             failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
             log.debug("tracing failed (free dims: %s): %s", free, failures[-1])
             if _hopeless(error):
@@ -140,13 +142,18 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
     def dims(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return None
-        return {d: auto for d in range(leaf.ndim if free == "all" else min(leaf.ndim, 1) if free == "batch" else 0)} or None
+        return (
+            dict.fromkeys(range(leaf.ndim if free == "all" else min(leaf.ndim, 1) if free == "batch" else 0), auto)
+            or None
+        )
 
     shapes = None
     if free != "none":
         named = dict(zip(_positional_names(model, len(args)), args, strict=False)) | kwargs
         shapes = _nested(model, {name: pytree.tree_map(dims, value) for name, value in named.items()})
-    loggers = [logging.getLogger(name) for name in ("torch.fx", "torch._export", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.fx", "torch._export", "torch.fx.experimental.symbolic_shapes")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # a failed attempt is an answer here, not an error to print
@@ -161,7 +168,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
 
 
 def _is_functional(exported: torch.export.ExportedProgram, training: bool) -> bool:
-    """Whether the trace mutates nothing already: then functionalising, which costs more than tracing, would change nothing.
+    """Whether the trace mutates nothing already: then functionalising, which costs more than tracing, would change
+    nothing.
 
     Training is always functionalised: ``batch_norm`` updates its statistics without saying so in its schema.
     """
@@ -216,7 +224,8 @@ def _collect(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
     outputs, updates = _outputs(output_node, signature)
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
     guards = _guards(exported)
-    assert in_spec is not None and out_spec is not None
+    assert in_spec is not None
+    assert out_spec is not None
     return Traced(
         graph=exported.graph,
         module=exported.graph_module,
@@ -233,7 +242,9 @@ def _collect(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
     )
 
 
-def _outputs(output_node: fx.Node, signature: torch.export.ExportGraphSignature) -> tuple[list[Any], dict[str, fx.Node]]:
+def _outputs(
+    output_node: fx.Node, signature: torch.export.ExportGraphSignature
+) -> tuple[list[Any], dict[str, fx.Node]]:
     """The user's outputs, and the new values of buffers the model updates."""
     outputs: list[Any] = []
     updates: dict[str, fx.Node] = {}
@@ -295,10 +306,7 @@ def _guards(exported: torch.export.ExportedProgram) -> tuple[Any, ...]:
 
 def _satisfies(guards: Sequence[Any], sizes: Mapping[sympy.Symbol, int]) -> bool:
     """Guards over other symbols than the inputs' sizes are not ours to check."""
-    for guard in guards:
-        if guard.free_symbols <= sizes.keys() and guard.subs(sizes) == sympy.false:
-            return False
-    return True
+    return not any(guard.free_symbols <= sizes.keys() and guard.subs(sizes) == sympy.false for guard in guards)
 
 
 def _assignments(exported: torch.export.ExportedProgram, guards: Sequence[Any]) -> tuple[dict[sympy.Symbol, int], ...]:

@@ -1,7 +1,9 @@
 """Models that do not export (control flow that depends on values): their own code runs, on divided parameters.
 
-A ``Linear`` computes its own output features, and a gather follows. Any other divided parameter is gathered when the model's code
-reads it, wherever that happens, and dropped when the forward ends. Inputs and outputs of every layer are whole on every rank, so
+A ``Linear`` computes its own output features, and a gather follows. Any other divided parameter is gathered when the
+model's code
+reads it, wherever that happens, and dropped when the forward ends. Inputs and outputs of every layer are whole on
+every rank, so
 this is right for any model; ``mode`` is ``"modules"``.
 """
 
@@ -39,7 +41,9 @@ def plan_modules(
     linears = _linears(twin, tensors, shards)
     biases = {tensors.canonical(f"{name}.bias") for name in linears}
     gathers = [name for name, shard in shards.items() if shard.dim is not None and name not in biases]
-    held = [sum(_local_bytes(tensors, name, shards[name], rank) for name in tensors.stored) for rank in range(world_size)]
+    held = [
+        sum(_local_bytes(tensors, name, shards[name], rank) for name in tensors.stored) for rank in range(world_size)
+    ]
     return Plan(
         world_size=world_size,
         mode="modules",
@@ -148,7 +152,9 @@ def build_modules(
     return module
 
 
-def _fill(twin: nn.Module, tensors: Tensors, plan: Plan, read: Callable[[str, Shard], Tensor], device: torch.device) -> None:
+def _fill(
+    twin: nn.Module, tensors: Tensors, plan: Plan, read: Callable[[str, Shard], Tensor], device: torch.device
+) -> None:
     made: dict[str, Any] = {}
     for prefix, child in twin.named_modules(remove_duplicate=False):
         for table, is_parameter in ((child._parameters, True), (child._buffers, False)):
@@ -162,7 +168,9 @@ def _fill(twin: nn.Module, tensors: Tensors, plan: Plan, read: Callable[[str, Sh
                 table[leaf] = made[name]
 
 
-def _specialise(child: nn.Module, divided: Mapping[str, Shard], group: Group, owner: ModulesModel, linear: bool) -> None:
+def _specialise(
+    child: nn.Module, divided: Mapping[str, Shard], group: Group, owner: ModulesModel, linear: bool
+) -> None:
     """Make ``child`` an instance of a subclass that finds whole parameters where its class finds its own."""
     base = type(child)
 

@@ -55,7 +55,8 @@ def make_plan(
 ) -> Plan:
     """Plan ``model`` (whose parameters may be meta tensors, with real buffers) for ``world_size`` ranks.
 
-    Every rank makes the same plan alone. A model that does not export, or whose plan fails verification, gets the fallback plan
+    Every rank makes the same plan alone. A model that does not export, or whose plan fails verification, gets the
+    fallback plan
     (``mode == "modules"``), with the reason in ``notes``.
     """
     twin = as_skeleton(model)
@@ -88,7 +89,10 @@ def plan_skeleton(
     network: Network | None = None,
     fixed: Mapping[str, Shard] | None = None,
 ) -> Plan:
-    """Plan a skeleton in its present mode. ``fixed`` shards are those already held: only the computation is planned then."""
+    """Plan a skeleton in its present mode. ``fixed`` shards are those already held: only the computation is
+    planned then."""
+    if sequence_parallel:
+        raise PlanError("sequence parallelism is not available for planned models yet")
     tensors = Tensors(twin)
     args, kwargs = _on_cpu(args), _on_cpu(kwargs)
     try:
@@ -96,7 +100,14 @@ def plan_skeleton(
             warnings.simplefilter("ignore")
             traced = trace(twin, args, kwargs)
         return plan_traced(
-            twin, traced, tensors, world_size, gather_outputs=gather_outputs, check=check, network=network or Network(), fixed=fixed
+            twin,
+            traced,
+            tensors,
+            world_size,
+            gather_outputs=gather_outputs,
+            check=check,
+            network=network or Network(),
+            fixed=fixed,
         )
     except PlanError as error:
         log.warning("%s: %s; falling back to layers sharded one by one", type(twin).__name__, error)
@@ -210,7 +221,8 @@ def instantiate(
 ) -> ShardedModule:
     """This rank's module. ``read(name, shard)`` gives the local part of each stored tensor, once each.
 
-    ``model`` gives structure only (its parameters may be meta). Raises :class:`PlanError` when the plan was made elsewhere and
+    ``model`` gives structure only (its parameters may be meta). Raises :class:`PlanError` when the plan was made
+    elsewhere and
     tracing the model here gives another program.
     """
     twin = as_skeleton(model)
@@ -227,7 +239,9 @@ def instantiate_skeleton(
 
         return build_modules(plan, twin, rank=rank, group=group, read=read, device=device)
     if plan.artifact is None:
-        raise PlanError("this plan was read from text: make it again where it is to run (equal digests mean equal plans)")
+        raise PlanError(
+            "this plan was read from text: make it again where it is to run (equal digests mean equal plans)"
+        )
     module = ShardedModule(group, device)
     hold_all(module, plan, Tensors(twin), twin, rank, read, device)
     module.add_program(plan, plan.artifact)
@@ -257,7 +271,11 @@ def hold_all(
         if tuple(local.shape) != tuple(expected):
             raise PlanError(f"{name}: read a part of shape {tuple(local.shape)}, the plan needs {tuple(expected)}")
         module.hold(
-            name, local, is_parameter=stored.is_parameter, requires_grad=wants_grad.get(name, False), persistent=stored.persistent
+            name,
+            local,
+            is_parameter=stored.is_parameter,
+            requires_grad=wants_grad.get(name, False),
+            persistent=stored.persistent,
         )
     for alias, name in tensors.tied.items():
         module.tie(alias, name)

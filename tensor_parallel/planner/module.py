@@ -1,7 +1,9 @@
 """A rank's part of a model as an ``nn.Module``: local parameters under the model's own names, and the planned forward.
 
-One module runs several programs over the same tensors: evaluation and training differ (an exported graph bakes dropout in), and so
-do calls with other arguments, or other sizes of dimensions the model does not leave free. Each is planned when first needed, with
+One module runs several programs over the same tensors: evaluation and training differ (an exported graph bakes dropout
+in), and so
+do calls with other arguments, or other sizes of dimensions the model does not leave free. Each is planned when first
+needed, with
 the division of the stored tensors fixed by the first.
 """
 
@@ -39,7 +41,9 @@ class Compiled:
 class Runner:
     """A compiled program bound to one rank's tensors."""
 
-    def __init__(self, plan: Plan, compiled: Compiled, module: ShardedModule, group: Group, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, compiled: Compiled, module: ShardedModule, group: Group, device: torch.device
+    ) -> None:
         self.plan, self.compiled = plan, compiled
         program = compiled.program
         self._grad, self.source = generate(program, group.rank, group, device, plan.digest()[:8], record_entries=True)
@@ -48,7 +52,8 @@ class Runner:
         self._constants = [compiled.traced.constants[name][1].to(device) for name in program.constants]
         self._updates = [module.slot(name) for name in program.updates]
         self._shapes = [
-            None if shape is None else [(d, size) for d, size in enumerate(shape) if size != FREE] for shape in compiled.shapes
+            None if shape is None else [(d, size) for d, size in enumerate(shape) if size != FREE]
+            for shape in compiled.shapes
         ]
         self._admitted: dict[tuple[torch.Size, ...], bool] = {}
         self._ranks = [None if shape is None else len(shape) for shape in compiled.shapes]

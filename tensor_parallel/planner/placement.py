@@ -1,8 +1,11 @@
 """Where a value lives: replicated, a pending sum, or divided along one dimension.
 
-Sizes of free dimensions (batch, sequence) are not known when a plan is made, so every statement about a value is made, and proven,
-at several *assignments* of concrete sizes to them at once. ``Sharded.owners[k]`` says for assignment ``k`` which rank owns each
-index of the dimension. A rank holds its indices in ascending global order; that invariant is what makes an owner per index
+Sizes of free dimensions (batch, sequence) are not known when a plan is made, so every statement about a value is made,
+and proven,
+at several *assignments* of concrete sizes to them at once. ``Sharded.owners[k]`` says for assignment ``k`` which rank
+owns each
+index of the dimension. A rank holds its indices in ascending global order; that invariant is what makes an owner per
+index
 sufficient, and every rule has to prove it for its result.
 
 While a plan is being solved, the "rank" of an index is an *atom* (see ``atoms``): who owns it is what is being decided.
@@ -85,7 +88,8 @@ def is_contiguous(owner: NDArray[np.int64]) -> bool:
 class Pattern:
     """A dimension whose size may be free, as ``outer x base x inner``: ``base`` is fixed and carries the owners.
 
-    ``outer`` repeats the base (batch times heads, flattened), ``inner`` repeats each of its entries (heads times length). At most
+    ``outer`` repeats the base (batch times heads, flattened), ``inner`` repeats each of its entries (heads times
+    length). At most
     one of the two is free, written as -1; both are 1 when the dimension is fixed.
     """
 

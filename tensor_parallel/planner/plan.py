@@ -62,7 +62,8 @@ class Reason:
 class Plan:
     """How one model runs on ``world_size`` ranks.
 
-    ``mode`` is ``"graph"`` (the traced graph, proven) or ``"modules"`` (layers replaced one by one, each followed by a gather),
+    ``mode`` is ``"graph"`` (the traced graph, proven) or ``"modules"`` (layers replaced one by one, each followed
+    by a gather),
     the latter with the reason in ``notes``.
     """
 
@@ -81,7 +82,9 @@ class Plan:
     training: bool = False
     verified: str = "no"
     notes: tuple[str, ...] = ()
-    artifact: Any = field(default=None, compare=False, repr=False)  # the compiled form, in the process that made the plan
+    artifact: Any = field(
+        default=None, compare=False, repr=False
+    )  # the compiled form, in the process that made the plan
 
     def summary(self) -> dict[str, Any]:
         """Counts of one forward's collectives, and the bytes the fullest rank holds of the model's."""

@@ -1,6 +1,8 @@
-"""The planned computation as data: one list of steps for all ranks, with the constants that differ by rank written side by side.
+"""The planned computation as data: one list of steps for all ranks, with the constants that differ by rank written
+side by side.
 
-From one ``Program`` come the Python function each rank runs (``build``) and the lockstep simulation of all ranks (``simulate``).
+From one ``Program`` come the Python function each rank runs (``build``) and the lockstep simulation of all ranks
+(``simulate``).
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ from tensor_parallel.planner.rules import PARTIAL_RULES, RULES
 from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.tensors import Tensors
 
-
 OUTPUT = "output"
 
 
@@ -56,7 +55,12 @@ class Prover(Engine):
         gather_outputs: bool = True,
     ) -> None:
         super().__init__(traced, ranks, len(traced.assignments), RULES, PARTIAL_RULES)
-        self.tensors, self.divisions, self.stored_names, self.gather_outputs = tensors, divisions, stored, gather_outputs
+        self.tensors, self.divisions, self.stored_names, self.gather_outputs = (
+            tensors,
+            divisions,
+            stored,
+            gather_outputs,
+        )
         self.gather_after = gather_after
         self.program = Program(ranks)
         self.sizes: dict[int, tuple[str, int, str, frozenset[str]]] = {}
@@ -84,7 +88,12 @@ class Prover(Engine):
             self.program.states[canonical] = self.program.new_id()
         shapes, dtype = self._describe(node.meta["val"])
         value = Value(
-            Ref(self.program.states[canonical]), REPLICATED, shapes, dtype, is_parameter and dtype.is_floating_point, weight=canonical
+            Ref(self.program.states[canonical]),
+            REPLICATED,
+            shapes,
+            dtype,
+            is_parameter and dtype.is_floating_point,
+            weight=canonical,
         )
         division = self.divisions.get(canonical)
         if division is not None:
@@ -99,7 +108,12 @@ class Prover(Engine):
         for item in self.traced.outputs:
             value = self.env[item] if isinstance(item, torch.fx.Node) else item
             if isinstance(value, Value):
-                keep = not self.gather_outputs and isinstance(value.place, Sharded) and not value.stored and value.whole is None
+                keep = (
+                    not self.gather_outputs
+                    and isinstance(value.place, Sharded)
+                    and not value.stored
+                    and value.whole is None
+                )
                 if not keep:
                     value = self.full(value, "it is an output of the model")
                 outputs.append(value.ref)
@@ -113,7 +127,11 @@ class Prover(Engine):
             held = Sharded(division[0], (np.asarray(division[1]),) * self.assignments) if division else None
             if held is None:
                 ref = self.full(value, "a buffer is updated").ref
-            elif isinstance(value.place, Sharded) and value.place.dim == held.dim and same(value.place.owners, held.owners):
+            elif (
+                isinstance(value.place, Sharded)
+                and value.place.dim == held.dim
+                and same(value.place.owners, held.owners)
+            ):
                 ref = value.ref
             else:
                 ref = self.part(self.full(value, "a buffer is updated"), held.dim, held.owners)
@@ -139,7 +157,9 @@ class Prover(Engine):
     def regroup(self, labels: Sequence[Any], offset: int) -> tuple[int, Owners]:
         dims, owners = set(), []
         for array in labels:
-            varying = [d for d in range(array.ndim) if array.shape[d] > 1 and not (array == array.take([0], axis=d)).all()]
+            varying = [
+                d for d in range(array.ndim) if array.shape[d] > 1 and not (array == array.take([0], axis=d)).all()
+            ]
             if len(varying) != 1:
                 raise Unproven(f"the division would run along {len(varying)} dimensions of the result")
             dims.add(varying[0])
@@ -168,7 +188,9 @@ class Prover(Engine):
         out = self.program.new_id()
         local_args = tuple(_reference(arg) for arg in args)
         local_kwargs = {name: _reference(arg) for name, arg in kwargs.items()}
-        self.program.steps.append(Step(fn, local_args, local_kwargs, out, self.node.name if self.node is not None else OUTPUT))
+        self.program.steps.append(
+            Step(fn, local_args, local_kwargs, out, self.node.name if self.node is not None else OUTPUT)
+        )
         return Ref(out)
 
     def full(self, value: Value, why: str) -> Value:
@@ -255,7 +277,9 @@ class Prover(Engine):
                 return self.emit(runtime.take_range, whole, dim, starts, PerRank(tuple(len(i) for i in index)))
             return self.emit(runtime.take_indices, whole, dim, PerRank(tuple(tuple(i.tolist()) for i in index)))
         indices = PerRank(tuple(tuple(i.tolist()) for i in index))
-        return self.emit(runtime.take_pattern, whole, dim, indices, len(described.base), described.outer, described.inner)
+        return self.emit(
+            runtime.take_pattern, whole, dim, indices, len(described.base), described.outer, described.inner
+        )
 
 
 def _reference(argument: Any) -> Any:

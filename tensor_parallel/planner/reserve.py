@@ -1,6 +1,7 @@
 """CPU tensors of any size that occupy no memory: address space is reserved, no page is ever touched.
 
-Tracing a model needs parameters with a shape, strides, dtype and device, never their values. Meta tensors would do, but mix badly
+Tracing a model needs parameters with a shape, strides, dtype and device, never their values. Meta tensors would do,
+but mix badly
 with real buffers on the CPU (device mismatches while tracing) and write ``device="meta"`` into the graph.
 """
 
@@ -76,7 +77,8 @@ def _stray_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def tracing_settings() -> Iterator[None]:
-    """Settings under which a model is traced: no fused fast paths (opaque kernels), no kernels chosen by available hardware."""
+    """Settings under which a model is traced: no fused fast paths (opaque kernels), no kernels chosen by available
+    hardware."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,6 +1,8 @@
-"""What planned programs call beside ATen operations: collectives, and the few local operations that know their rank's indices.
+"""What planned programs call beside ATen operations: collectives, and the few local operations that know their rank's
+indices.
 
-A collective is an object: ``run`` performs it on one rank through a group, ``simulate`` performs it for all ranks at once in one
+A collective is an object: ``run`` performs it on one rank through a group, ``simulate`` performs it for all ranks at
+once in one
 process. Everything else is an ordinary function of local tensors whose constants were chosen for the rank.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,8 +43,10 @@ class AllReduce:
 class AllGather:
     """The whole of a divided dimension, in global order.
 
-    ``counts[r]`` is how many entries of the base pattern rank ``r`` holds, ``order`` the permutation from rank order to global
-    order (None when they agree). ``outer`` or ``inner`` is -1 when the pattern repeats a number of times known only at run time.
+    ``counts[r]`` is how many entries of the base pattern rank ``r`` holds, ``order`` the permutation from rank
+    order to global
+    order (None when they agree). ``outer`` or ``inner`` is -1 when the pattern repeats a number of times known
+    only at run time.
     """
 
     dim: int
@@ -108,7 +113,9 @@ def take_pattern(value: Tensor, dim: int, index: tuple[int, ...], base: int, out
     """A rank's indices of a dimension that is ``outer x base x inner`` long, one of which is free."""
     if outer == -1:
         opened = value.unflatten(dim, (value.shape[dim] // base, base))
-        return opened.index_select(dim + 1, torch.tensor(index, dtype=torch.long, device=value.device)).flatten(dim, dim + 1)
+        return opened.index_select(dim + 1, torch.tensor(index, dtype=torch.long, device=value.device)).flatten(
+            dim, dim + 1
+        )
     opened = value.unflatten(dim, (base, value.shape[dim] // base))
     return opened.index_select(dim, torch.tensor(index, dtype=torch.long, device=value.device)).flatten(dim, dim + 1)
 
@@ -121,7 +128,8 @@ def share(size: int, count: int, base: int) -> int:
 def lookup_rows(weight: Tensor, ids: Tensor, starts: tuple[tuple[int, int, int], ...], size: int) -> Tensor:
     """Rows of a table of ``size`` rows divided by rows: zeros for the rows that other ranks hold.
 
-    ``starts`` lists this rank's runs as ``(start, stop, local offset)``. Raises ``IndexError`` for an id outside the whole table, as
+    ``starts`` lists this rank's runs as ``(start, stop, local offset)``. Raises ``IndexError`` for an id outside
+    the whole table, as
     the undivided lookup does; zeros from every rank would hide it.
     """
     check_ids(ids, size)
@@ -173,7 +181,8 @@ class _AddOnce(torch.autograd.Function):
 
 
 def moments(value: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Sum and sum of squares over ``dims`` (kept), stacked last, in float64 so that their difference keeps its digits."""
+    """Sum and sum of squares over ``dims`` (kept), stacked last, in float64 so that their difference keeps its
+    digits."""
     wide = value.double()
     return torch.stack([wide.sum(dims, keepdim=True), wide.square().sum(dims, keepdim=True)], -1)
 
@@ -188,9 +197,11 @@ def normalize(value: Tensor, sums: Tensor, count: int, eps: float) -> Tensor:
 
 
 def with_rank_seed(op: Any, rank: int, *args: Any, **kwargs: Any) -> Any:
-    """Run a random operation on a rank's own part: different numbers on each rank, the shared generator advanced alike on all.
+    """Run a random operation on a rank's own part: different numbers on each rank, the shared generator advanced
+    alike on all.
 
-    The numbers are a function of the shared generator's state, so recomputation under ``torch.utils.checkpoint`` repeats them.
+    The numbers are a function of the shared generator's state, so recomputation under ``torch.utils.checkpoint``
+    repeats them.
     """
     seed = int(torch.randint(2**62, ()).item())
     device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
@@ -219,6 +230,6 @@ def per_channel(vector: Tensor, ndim: int) -> Tensor:
 
 def select_heads(value: Tensor, dim: int, index: tuple[int, ...]) -> Tensor:
     """For each local query head its key or value head, out of all of them."""
-    if len(index) > 1 and all(b - a == 1 for a, b in zip(index, index[1:], strict=False)):
+    if len(index) > 1 and all(b - a == 1 for a, b in pairwise(index)):
         return value.narrow(dim, index[0], len(index))
     return value.index_select(dim, torch.tensor(index, dtype=torch.long, device=value.device))

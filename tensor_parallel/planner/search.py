@@ -1,7 +1,10 @@
-"""Choosing among proven plans: start from the solved one, then change how the weights behind costly communication are divided.
+"""Choosing among proven plans: start from the solved one, then change how the weights behind costly communication are
+divided.
 
-Weights of the same role in different layers are changed together: their names differ in digits only and their shapes agree. The
-number of plans tried depends on the size of the graph alone, never on time, so that every rank arrives at the same plan.
+Weights of the same role in different layers are changed together: their names differ in digits only and their shapes
+agree. The
+number of plans tried depends on the size of the graph alone, never on time, so that every rank arrives at the same
+plan.
 """
 
 from __future__ import annotations
@@ -43,7 +46,13 @@ class Candidate:
 
 
 def search(
-    traced: Traced, tensors: Tensors, ranks: int, network: Network, *, gather_outputs: bool = True, tries: int | None = None
+    traced: Traced,
+    tensors: Tensors,
+    ranks: int,
+    network: Network,
+    *,
+    gather_outputs: bool = True,
+    tries: int | None = None,
 ) -> Candidate:
     """The best plan found. Raises :class:`PlanError` when none can be proven."""
     size = max(1, len(traced.graph.nodes))
@@ -55,7 +64,7 @@ def search(
     while improved and budget > 0:
         improved = False
         for group, mode in _moves(best, tensors, classes, ranks):
-            modes = {**best.modes, **{name: mode for name in classes[group]}}
+            modes = {**best.modes, **dict.fromkeys(classes[group], mode)}
             key = tuple(sorted(modes.items()))
             if key in seen:
                 continue
@@ -96,12 +105,23 @@ def evaluate(
     communications = prover.communications()
     held = cost.bytes_per_rank(tensors, divisions, ranks)
     return Candidate(
-        modes, divisions, prover, communications, held, cost.score(tensors, held, communications, network, ranks), forced
+        modes,
+        divisions,
+        prover,
+        communications,
+        held,
+        cost.score(tensors, held, communications, network, ranks),
+        forced,
     )
 
 
 def prove(
-    traced: Traced, tensors: Tensors, ranks: int, divisions: Mapping[str, Division], modes: Mapping[str, str], gather_outputs: bool
+    traced: Traced,
+    tensors: Tensors,
+    ranks: int,
+    divisions: Mapping[str, Division],
+    modes: Mapping[str, str],
+    gather_outputs: bool,
 ) -> Prover:
     stored = frozenset(name for name, mode in modes.items() if mode == "store" and name in divisions)
     after = frozenset(name for name, mode in modes.items() if mode == "gather")
@@ -122,7 +142,9 @@ def _class(name: str, shape: tuple[int, ...]) -> Class:
     return re.sub(r"\d+", "*", name), shape
 
 
-def _moves(best: Candidate, tensors: Tensors, classes: Mapping[Class, list[str]], ranks: int) -> list[tuple[Class, str]]:
+def _moves(
+    best: Candidate, tensors: Tensors, classes: Mapping[Class, list[str]], ranks: int
+) -> list[tuple[Class, str]]:
     """Changes worth trying, the most promising first."""
     blame: dict[Class, int] = defaultdict(int)
     for item in best.communications:
@@ -147,7 +169,12 @@ def _moves(best: Candidate, tensors: Tensors, classes: Mapping[Class, list[str]]
 
 
 def fixed(
-    traced: Traced, tensors: Tensors, ranks: int, network: Network, divisions: Mapping[str, Division], gather_outputs: bool
+    traced: Traced,
+    tensors: Tensors,
+    ranks: int,
+    network: Network,
+    divisions: Mapping[str, Division],
+    gather_outputs: bool,
 ) -> Candidate:
     """The plan for tensors that are already divided.
 

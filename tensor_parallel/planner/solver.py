@@ -50,7 +50,9 @@ class Solver(Engine):
             shapes, dtype = self._describe(node.meta["val"])
             canonical = self.tensors.canonical(name)
             value = Value(None, REPLICATED, shapes, dtype, dtype.is_floating_point, weight=canonical)
-            if self.modes.get(canonical, "auto") in ("auto", "in", "gather") and any(s >= self.ranks for s in shapes[0]):
+            if self.modes.get(canonical, "auto") in ("auto", "in", "gather") and any(
+                s >= self.ranks for s in shapes[0]
+            ):
                 value.place = Undecided(canonical, tuple(range(len(shapes[0]))))
             self.env[node] = value
 
@@ -58,7 +60,8 @@ class Solver(Engine):
         return []
 
     def divisions(self) -> dict[str, Division]:
-        """The owner of every index of every divided parameter. Raises :class:`TooFew` when something cannot be dealt out."""
+        """The owner of every index of every divided parameter. Raises :class:`TooFew` when something cannot be
+        dealt out."""
         rank_of = self.atoms.deal(self.ranks)
         result: dict[str, Division] = {}
         for name, choice in self.decided.items():
@@ -244,7 +247,18 @@ def _groups_after(left: np.ndarray, right: np.ndarray) -> int:
     return scratch.groups(compact)
 
 
-_PERMUTING = ("transpose", "permute", "clone", "contiguous", "to", "_to_copy", "detach", "alias", "unsqueeze", "squeeze")
+_PERMUTING = (
+    "transpose",
+    "permute",
+    "clone",
+    "contiguous",
+    "to",
+    "_to_copy",
+    "detach",
+    "alias",
+    "unsqueeze",
+    "squeeze",
+)
 _CUTTING = ("select", "unbind", "split", "chunk", "split_with_sizes", "slice")
 
 
@@ -304,4 +318,3 @@ def _whole_slice(name: str, user: fx.Node) -> bool:
         return False
     fake, source = user.meta.get("val"), user.args[0]
     return isinstance(fake, torch.Tensor) and fake.shape == source.meta["val"].shape  # type: ignore[union-attr]
-

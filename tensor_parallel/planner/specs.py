@@ -30,7 +30,8 @@ def input_names(model: nn.Module, in_spec: pytree.TreeSpec) -> list[str]:
 
 
 def output_names(out_spec: pytree.TreeSpec) -> list[str]:
-    """The model's own keys, nested ones joined by dots; ``output`` for a bare tensor, ``output_0``, ... for a tuple's members."""
+    """The model's own keys, nested ones joined by dots; ``output`` for a bare tensor, ``output_0``, ... for a
+    tuple's members."""
     structure = pytree.tree_unflatten([_Leaf(i) for i in range(out_spec.num_leaves)], out_spec)
     names: dict[int, str] = {}
     if isinstance(structure, (list, tuple)) and not hasattr(structure, "_fields"):
@@ -93,7 +94,8 @@ def output_specs(names: list[str], traced: Traced, values: list[Any], ranks: int
     return tuple(specs)
 
 
-_PASSING = ("to", "_to_copy", "view", "reshape", "clone", "contiguous", "unsqueeze", "squeeze", "expand", "slice", "alias", "detach",
+_PASSING = ("to", "_to_copy", "view", "reshape", "clone", "contiguous", "unsqueeze", "squeeze", "expand", "slice",
+      "alias", "detach",
             "transpose", "permute", "flatten", "_unsafe_view", "select")  # fmt: skip
 
 

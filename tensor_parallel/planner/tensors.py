@@ -37,7 +37,9 @@ class Tensors:
                     self._add(first, name, buffer, False, leaf not in module._non_persistent_buffers_set)
         self.total_bytes = max(1, sum(s.nbytes for s in self.stored.values()))
 
-    def _add(self, first: dict[int, str], name: str, tensor: torch.Tensor, is_parameter: bool, persistent: bool) -> None:
+    def _add(
+        self, first: dict[int, str], name: str, tensor: torch.Tensor, is_parameter: bool, persistent: bool
+    ) -> None:
         known = first.setdefault(id(tensor), name)
         if known == name:
             self.stored[name] = Stored(tuple(tensor.shape), tensor.dtype, is_parameter, persistent)

@@ -1,6 +1,8 @@
-"""The plan against the unsharded model, before it is trusted: all ranks in one process, random weights, the example's inputs.
+"""The plan against the unsharded model, before it is trusted: all ranks in one process, random weights, the example's
+inputs.
 
-No peer takes part, so a plan is checked where it is made. On a mismatch every operation is compared, to name the first that differs.
+No peer takes part, so a plan is checked where it is made. On a mismatch every operation is compared, to name the first
+that differs.
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ class Mismatch(PlanError):
     """A plan computed something else than the model."""
 
 
-def verify(prover: Prover, traced: Traced, tensors: Tensors, shards: Mapping[str, Shard], buffers: Mapping[str, Tensor]) -> None:
-    """Raise :class:`Mismatch`, naming the first operation that differs, unless every rank computes what the model does."""
+def verify(
+    prover: Prover, traced: Traced, tensors: Tensors, shards: Mapping[str, Shard], buffers: Mapping[str, Tensor]
+) -> None:
+    """Raise :class:`Mismatch`, naming the first operation that differs, unless every rank computes what the model
+    does."""
     full = {name: _fill(name, tensors, buffers) for name in tensors.stored}
     cache: dict[tuple[str, int], Tensor] = {}
 
@@ -71,7 +76,9 @@ def _inputs(traced: Traced) -> list[Any]:
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in traced.example]
 
 
-def _placeholders(traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[str, Any]:
+def _placeholders(
+    traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for node, leaf in zip(traced.inputs, _inputs(traced), strict=True):
         if node is not None:
@@ -97,7 +104,9 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def _reference(traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
+def _reference(
+    traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> dict[fx.Node, Any]:
     torch.manual_seed(0)
     outputs = {node for node in traced.outputs if isinstance(node, fx.Node)}
     recorder = _Recorder(traced.module, _placeholders(traced, tensors, full, constants), outputs.__contains__)
@@ -165,11 +174,18 @@ def _assemble(value: Any, locals_: list[Any]) -> list[Any]:
 
 
 def _first_difference(
-    prover: Prover, traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], constants: Mapping[str, Tensor], part: Any
+    prover: Prover,
+    traced: Traced,
+    tensors: Tensors,
+    full: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    part: Any,
 ) -> str:
     """Walk both computations and name the first operation whose result differs."""
     torch.manual_seed(0)
-    recorder = _Recorder(traced.module, _placeholders(traced, tensors, full, constants), lambda node: node.op == "call_function")
+    recorder = _Recorder(
+        traced.module, _placeholders(traced, tensors, full, constants), lambda node: node.op == "call_function"
+    )
     recorder.run(*[None] * len(list(traced.graph.find_nodes(op="placeholder"))))
     torch.manual_seed(0)
     values = simulate.start(prover.program, _inputs(traced), part, constants)
@@ -177,7 +193,12 @@ def _first_difference(
         simulate.execute(step, values, prover.ranks)
     for node, want in recorder.kept.items():
         value = prover.env.get(node)
-        if not isinstance(value, Value) or value.ref is None or value.ref.id not in values or not isinstance(want, Tensor):
+        if (
+            not isinstance(value, Value)
+            or value.ref is None
+            or value.ref.id not in values
+            or not isinstance(want, Tensor)
+        ):
             continue
         for whole in _assemble(value, values[value.ref.id]):
             error = distance(whole, want)

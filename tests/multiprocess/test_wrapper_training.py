@@ -1,4 +1,5 @@
-"""The wrapper over real ranks against the unsharded module: outputs, gradients, optimizer steps, checkpoints, dropout."""
+"""The wrapper over real ranks against the unsharded module: outputs, gradients, optimizer steps, checkpoints,
+dropout."""
 
 from __future__ import annotations
 
@@ -134,8 +135,12 @@ def counts_and_bytes(place: Place) -> None:
         after = stats.snapshot()
     for kind in ("all_reduces", "all_gathers", "reduce_scatters"):
         assert after[kind] - before[kind] == summary[kind], kind
-    assert summary["all_reduces"] <= 5 and summary["all_gathers"] <= 1
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*wrapper.parameters(), *wrapper.buffers()]}
+    assert summary["all_reduces"] <= 5
+    assert summary["all_gathers"] <= 1
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in [*wrapper.parameters(), *wrapper.buffers()]
+    }
     assert sum(held.values()) == wrapper.plan.bytes_per_rank[place.rank]
 
 
@@ -147,7 +152,7 @@ def recomputes(place: Place) -> None:
     model, inputs = build(dropout=0.2)
     wrapper = wrap(place, model.train(), inputs)
 
-    def gradients(call) -> list[Tensor]:  # noqa: ANN001
+    def gradients(call) -> list[Tensor]:
         wrapper.zero_grad()
         torch.manual_seed(5)
         loss_of(call(inputs["ids"]), inputs["ids"]).backward()
@@ -188,11 +193,13 @@ def drops(place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_dropout_is_alike_on_replicated_and_distinct_on_divided_activations() -> None:
     results = on_ranks(2, drops, timeout=200)
     (x0, h0, same, ones), (x1, h1, _, _) = results
-    assert torch.equal(x0, x1) and torch.equal(h0, h1)  # outputs are whole on every rank
+    assert torch.equal(x0, x1)  # outputs are whole on every rank
+    assert torch.equal(h0, h1)
     assert 0.2 < float((x0 == 0).float().mean()) < 0.8
     left, right = h0.chunk(2, -1)
     assert not torch.equal(left, right), "both ranks drew the same mask for their own halves"
-    assert torch.equal(same, torch.ones(4, 8)) and torch.equal(ones, torch.ones(4, 64))
+    assert torch.equal(same, torch.ones(4, 8))
+    assert torch.equal(ones, torch.ones(4, 64))
 
 
 def plans_at_the_first_call(place: Place) -> None:
@@ -228,7 +235,8 @@ def falls_back(place: Place) -> None:
     model = Branching().double()
     x = torch.randn(5, 8, dtype=torch.float64)
     wrapper = wrap(place, model, {"x": x})
-    assert wrapper.plan.mode == "modules" and wrapper.plan.notes
+    assert wrapper.plan.mode == "modules"
+    assert wrapper.plan.notes
     for sign in (1, -1):
         model.zero_grad()
         wrapper.zero_grad()

@@ -1,7 +1,9 @@
 """Everything that is a sum of products: linear, matmul and its kin, einsum, grouped matmul.
 
-Operands' dimensions carry letters. If the letter that is divided reaches the result, so does the division; if it is summed over,
-each rank's product is its term of a pending sum. A weight not settled yet is divided by the input features it will meet divided,
+Operands' dimensions carry letters. If the letter that is divided reaches the result, so does the division; if it is
+summed over,
+each rank's product is its term of a pending sum. A weight not settled yet is divided by the input features it will
+meet divided,
 else by its output features: alternating the two is Megatron-LM's scheme (Shoeybi et al., 2019).
 """
 
@@ -36,7 +38,8 @@ def contract(
     bias_scale: float = 1,
     replay: Callable[[], Any] | None = None,
 ) -> Any:
-    """Divide one letter. ``product`` emits the operation on local operands, ``with_bias`` the same with a local bias."""
+    """Divide one letter. ``product`` emits the operation on local operands, ``with_bias`` the same with a local
+    bias."""
     tables = [v for v, _ in operands if isinstance(place := e.place(v), Undecided) and place.looked_up]
     if tables:
         for value in tables:
@@ -197,9 +200,8 @@ def addmm(e: Engine, call: Call) -> Any:
             raise Unproven("scales that are not constant")
         if not isinstance(beta, (int, float)):
             raise Unproven("scales that are not constant")
-    letters = tuple(
-        None if bias.shapes[0][d] == 1 else out[d + len(out) - bias.ndim] for d in range(bias.ndim)
-    )
+    letters = tuple(None if bias.shapes[0][d] == 1 else out[d + len(out) - bias.ndim] for d in range(bias.ndim))
+
     def product(refs: list[Ref | None]) -> Ref | None:
         ref = e.emit(aten.matmul.default, *refs)
         return ref if alpha == 1 else e.emit(torch.mul, ref, alpha)

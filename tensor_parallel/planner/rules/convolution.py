@@ -105,10 +105,13 @@ def _group_owners(e: Engine, owners: Owners, per_group: int) -> Owners:
     return e.regroup_rows([o.reshape(-1, per_group) for o in owners])[1]
 
 
-@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+      "adaptive_avg_pool2d",
       "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "upsample_bilinear2d", "upsample_nearest1d",
-      "upsample_nearest2d", "upsample_nearest3d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "_adaptive_avg_pool2d",
-      "max_pool2d_with_indices", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler_", "_upsample_nearest_exact2d",
+      "upsample_nearest2d", "upsample_nearest3d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d",
+      "_adaptive_avg_pool2d",
+      "max_pool2d_with_indices", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler_",
+      "_upsample_nearest_exact2d",
       "max_pool1d_with_indices")  # fmt: skip
 def spatial(e: Engine, call: Call) -> Any:
     """Works on the trailing (spatial) dimensions, each channel by itself."""

@@ -24,7 +24,9 @@ def embedding(e: Engine, call: Call) -> Any:
     place = e.place(table)
     lead = ids.ndim
     if isinstance(place, Undecided):
-        result = e.result(call, None, Undecided(place.param, (*(None,) * lead, place.dims[1]), looked_up=place.dims[0] == 0))
+        result = e.result(
+            call, None, Undecided(place.param, (*(None,) * lead, place.dims[1]), looked_up=place.dims[0] == 0)
+        )
         result.weight = table.weight
         return result
     assert isinstance(place, Sharded)
@@ -107,7 +109,10 @@ def along_index(e: Engine, call: Call) -> Any:
     place = e.sharded(lead)
     if place.dim == dim:
         raise Unproven("indexes the divided dimension")
-    if any(v.ndim != lead.ndim or any(s[place.dim] != t[place.dim] for s, t in zip(v.shapes, lead.shapes, strict=True)) for v in operands):
+    if any(
+        v.ndim != lead.ndim or any(s[place.dim] != t[place.dim] for s, t in zip(v.shapes, lead.shapes, strict=True))
+        for v in operands
+    ):
         raise Unproven("operands of different sizes along the divided dimension")
     refs, owners, origin = e.alike(operands, lead, place.dim)
     ref = e.replay(call, **dict(zip(names, refs, strict=True)))

@@ -1,4 +1,5 @@
-"""Data movement: which elements end up where is worked out on the owners, and checked against the move on the local part."""
+"""Data movement: which elements end up where is worked out on the owners, and checked against the move on the local
+part."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ from tensor_parallel.planner.rules.reshape import reshape_owners
 aten = torch.ops.aten
 
 
-# ---------------------------------------------------------------------------------------------- dimensions in another order
+# ---------------------------------------------------------------------------------------------- dimensions in another
+# order
 def remap(e: Engine, call: Call, mapping: list[int | None], ref: Any = None, /, **replacements: Any) -> Any:
-    """Result dimension ``i`` is operand dimension ``mapping[i]`` (None: a new one); the operation does not touch the others."""
+    """Result dimension ``i`` is operand dimension ``mapping[i]`` (None: a new one); the operation does not touch
+    the others."""
     value = next(v for v in call.values() if e.is_sharded(v) or e.undecided(v))
     place = e.place(value)
     if isinstance(place, Undecided):
@@ -109,7 +112,8 @@ def diagonal(e: Engine, call: Call) -> Any:
     return remap(e, call, [*(d for d in range(value.ndim) if d not in used), None])
 
 
-# ----------------------------------------------------------------------------------------------- along dimensions, in place
+# ----------------------------------------------------------------------------------------------- along dimensions, in
+# place
 def along(e: Engine, call: Call, touched: set[int]) -> Any:
     """The operation mixes elements only along ``touched`` dimensions, which it keeps."""
     value = next(v for v in call.values() if e.is_sharded(v) or e.undecided(v))
@@ -211,7 +215,9 @@ def slice_(e: Engine, call: Call) -> Any:
         return e.visit_again(call)
     if not isinstance(place, Sharded) or place.dim != dim:
         return along(e, call, {dim})
-    start, end, step = (_constant(e, call[name], default) for name, default in (("start", 0), ("end", None), ("step", 1)))
+    start, end, step = (
+        _constant(e, call[name], default) for name, default in (("start", 0), ("end", None), ("step", 1))
+    )
     owners = tuple(o[start:end:step] for o in place.owners)
     _balanced(e, owners)
     e.cut(owners)
@@ -219,7 +225,9 @@ def slice_(e: Engine, call: Call) -> Any:
         return e.result(call, None, Sharded(dim, owners, place.origin))
     if any(not np.array_equal(o, owners[0]) for o in owners):
         raise Unproven("a slice of a free size")
-    return e.result(call, _local_slice(e, value, dim, place.owners[0], slice(start, end, step)), Sharded(dim, owners, place.origin))
+    return e.result(
+        call, _local_slice(e, value, dim, place.owners[0], slice(start, end, step)), Sharded(dim, owners, place.origin)
+    )
 
 
 def _local_slice(e: Engine, value: Value, dim: int, owner: np.ndarray, bounds: slice) -> Any:

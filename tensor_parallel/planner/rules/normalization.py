@@ -1,6 +1,7 @@
 """Layer, RMS, batch, group and instance normalisation, over whole and over divided dimensions.
 
-Over a divided dimension each rank sums its own part, one tiny all-reduce of the moments follows, and the result stays divided.
+Over a divided dimension each rank sums its own part, one tiny all-reduce of the moments follows, and the result stays
+divided.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def _scaled(e: Engine, call: Call, ref: Ref | None, owners: Owners, dim: int, va
 def _sum_of_moments(e: Engine, value: Value, dims: tuple[int, ...]) -> Value:
     """Moments of the local part, reduced over ranks."""
     shape = tuple((*(1 if d in dims else s for d, s in enumerate(sizes)), 2) for sizes in value.shapes)
-    pending = Value(e.emit(runtime.moments, value, dims), Partial(e.sharded(value).origin), shape, torch.float64, value.grad)
+    pending = Value(
+        e.emit(runtime.moments, value, dims), Partial(e.sharded(value).origin), shape, torch.float64, value.grad
+    )
     return e.full(pending, "")
 
 
@@ -56,7 +59,9 @@ def layer_norm(e: Engine, call: Call) -> Any:
         for name in ("weight", "bias"):
             if isinstance(call[name], Value):
                 e.commit_whole(call[name])
-        return e.result(call, e.replay_with(call, {id(value): value.ref}), Sharded(place.dim, place.owners, place.origin))
+        return e.result(
+            call, e.replay_with(call, {id(value): value.ref}), Sharded(place.dim, place.owners, place.origin)
+        )
     dims = tuple(range(value.ndim - normalized, value.ndim))
     count = math.prod(value.shapes[0][d] for d in dims)
     sums = _sum_of_moments(e, value, dims)
@@ -75,7 +80,9 @@ def rms_norm(e: Engine, call: Call) -> Any:
     if place.dim < value.ndim - normalized:
         if isinstance(call["weight"], Value):
             e.commit_whole(call["weight"])
-        return e.result(call, e.replay_with(call, {id(value): value.ref}), Sharded(place.dim, place.owners, place.origin))
+        return e.result(
+            call, e.replay_with(call, {id(value): value.ref}), Sharded(place.dim, place.owners, place.origin)
+        )
     dims = tuple(range(value.ndim - normalized, value.ndim))
     count = math.prod(value.shapes[0][d] for d in dims)
     eps = call["eps"] if call["eps"] is not None else torch.finfo(value.dtype).eps
@@ -101,7 +108,9 @@ def batch_norm(e: Engine, call: Call) -> Any:
     kept = Sharded(1, place.owners, place.origin)
     if isinstance(call.shapes, list):
         return [
-            e.result(call, e.item(ref, i), kept if len(shape[0]) == value.ndim else Sharded(0, place.owners, place.origin), i)
+            e.result(
+                call, e.item(ref, i), kept if len(shape[0]) == value.ndim else Sharded(0, place.owners, place.origin), i
+            )
             if shape is not None and 0 not in shape[0]
             else None
             for i, shape in enumerate(call.shapes)

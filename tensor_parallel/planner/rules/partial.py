@@ -14,10 +14,50 @@ from tensor_parallel.planner.program import PerRank
 from tensor_parallel.planner.rules.pointwise import is_pending
 from tensor_parallel.planner.rules.registry import partial_rule
 
-_SAME_SIZE = """alias clone contiguous detach flatten lift_fresh_copy movedim neg numpy_T permute reshape squeeze swapaxes t to _to_copy
- transpose unflatten unsqueeze _unsafe_view view""".split()
-_SHRINKING = """chunk cumsum expand flip index index_select mean narrow repeat roll select slice split split_with_sizes sum
- tensor_split unbind constant_pad_nd gather""".split()
+_SAME_SIZE = [
+    "alias",
+    "clone",
+    "contiguous",
+    "detach",
+    "flatten",
+    "lift_fresh_copy",
+    "movedim",
+    "neg",
+    "numpy_T",
+    "permute",
+    "reshape",
+    "squeeze",
+    "swapaxes",
+    "t",
+    "to",
+    "_to_copy",
+    "transpose",
+    "unflatten",
+    "unsqueeze",
+    "_unsafe_view",
+    "view",
+]
+_SHRINKING = [
+    "chunk",
+    "cumsum",
+    "expand",
+    "flip",
+    "index",
+    "index_select",
+    "mean",
+    "narrow",
+    "repeat",
+    "roll",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "sum",
+    "tensor_split",
+    "unbind",
+    "constant_pad_nd",
+    "gather",
+]
 
 
 @partial_rule(*_SAME_SIZE)
@@ -145,7 +185,9 @@ def accumulate_at(e: Engine, call: Call) -> Any:
     base, source = call.value("self"), call.value("values")
     if not is_pending(e, source) or not call["accumulate"]:
         raise Unproven("overwrites")
-    indices = [v for v in pytree.tree_leaves(call["indices"], is_leaf=lambda x: isinstance(x, Value)) if isinstance(v, Value)]
+    indices = [
+        v for v in pytree.tree_leaves(call["indices"], is_leaf=lambda x: isinstance(x, Value)) if isinstance(v, Value)
+    ]
     if not all(isinstance(e.place(i), Replicated) for i in indices) or not isinstance(e.place(base), Replicated):
         raise Unproven("indices or target are divided")
     ref = e.replay(call, self=e.emit(_zeros_like, base))

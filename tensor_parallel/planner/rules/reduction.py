@@ -92,7 +92,9 @@ def vector_norm(e: Engine, call: Call) -> Any:
     if order not in (1, 2, 1.0, 2.0) or call["dtype"] is not None:
         raise Unproven("a norm other than 1 or 2")
     inner = e.emit(torch.abs if order == 1 else torch.square, value)
-    summed = e.result(call, e.emit(aten.sum.dim_IntList, inner, sorted(dims), _keepdim(call)), Partial(e.sharded(value).origin))
+    summed = e.result(
+        call, e.emit(aten.sum.dim_IntList, inner, sorted(dims), _keepdim(call)), Partial(e.sharded(value).origin)
+    )
     whole = e.full(summed, "")
     return e.result(call, e.emit(torch.sqrt, whole) if order == 2 else whole.ref, Replicated())
 
@@ -108,7 +110,8 @@ def norm(e: Engine, call: Call) -> Any:
     return _passes(e, call, value, dims)
 
 
-@rule("amax", "amin", "prod", "var", "std", "var_mean", "std_mean", "any", "all", "argmax", "argmin", "logsumexp", "nansum",
+@rule("amax", "amin", "prod", "var", "std", "var_mean", "std_mean", "any", "all", "argmax", "argmin", "logsumexp",
+      "nansum",
       "median", "mode", "count_nonzero")  # fmt: skip
 def reduce(e: Engine, call: Call) -> Any:
     value = _operand(e, call)
@@ -128,7 +131,8 @@ def extreme(e: Engine, call: Call) -> Any:
     return reduce(e, call)
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp",
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "cummax",
+      "cummin", "logcumsumexp",
       "sort", "argsort", "topk", "kthvalue", "glu", "renorm")  # fmt: skip
 def within_dim(e: Engine, call: Call) -> Any:
     """Works along one dimension and keeps the others apart."""

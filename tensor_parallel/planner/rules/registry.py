@@ -1,6 +1,7 @@
 """The tables from operation name to rule, and the decorators that fill them.
 
-``RULES`` handle divided operands (any pending sums have been reduced). ``PARTIAL_RULES`` are tried first when an operand is a
+``RULES`` handle divided operands (any pending sums have been reduced). ``PARTIAL_RULES`` are tried first when an
+operand is a
 pending sum, for operations that commute with summation.
 """
 

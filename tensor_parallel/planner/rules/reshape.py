@@ -15,7 +15,8 @@ _LIMIT = 1 << 24
 
 
 def reshape_group(source: Sequence[int], target: Sequence[int], dim: int) -> Group:
-    """Dimensions ``[i0, i1)`` of the source that become exactly ``[j0, j1)`` of the target, with ``dim`` among the former.
+    """Dimensions ``[i0, i1)`` of the source that become exactly ``[j0, j1)`` of the target, with ``dim`` among the
+    former.
 
     A row-major reshape never moves an element between such groups, so the others may be ignored.
     """
