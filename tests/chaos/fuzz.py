@@ -55,7 +55,7 @@ class Fuzzer:
             self._payload(method) for _ in range(self.chance.randint(0, 3) if method.descriptor.client_streaming else 1)
         ]
         streams = method.descriptor.client_streaming or method.descriptor.server_streaming
-        status, details = self._send(method, payloads, 0.5 if streams else 5.0)  # a watch has no end of its own
+        status, details = self._send(method, payloads, 0.2 if streams else 5.0)  # a watch has no end of its own
         self.counts[method.path, status] += 1
         if status in FORBIDDEN or "Traceback" in details:
             self.bad.append(f"{method.path} {status}: {details[:300]} for {[p[:120] for p in payloads]}")

@@ -6,76 +6,97 @@ import os
 
 import grpc
 import numpy as np
-import psutil
 import pytest
-from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as some
 
-import protos.inference as inference
 from coordinator.client import Client
+from coordinator.dtypes import DataType
 from protos.tensor_parallel.v1 import coordinator_pb2
-from tests.benchmarks.cluster import up
-from tests.chaos.fuzz import Fuzzer, methods, rounds
+from tests.chaos.fuzzing import GROWTH, at_coordinator, at_daemon, resident, served
 from tests.chaos.load import Reference
+from tests.chaos.models import WIDTH
 
-STRIKES = int(os.environ.get("FUZZ_STRIKES", "3000"))
-GROWTH = 48 << 20  # bytes a process may grow while arenas, thread stacks and caches fill
+STRIKES = int(os.environ.get("FUZZ_STRIKES", "1200"))
+pytestmark = pytest.mark.timeout(300)
+FORWARD = "/tensor_parallel.v1.Coordinator/Forward"
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    extra = ["--allow-factory", "tests.chaos.models:deep_mlp", "--load", "chaos=tests.chaos.models:deep_mlp"]
-    with up(2, extra=extra) as target:
+    with served() as target:
         yield target
 
 
-def _resident(pids: list[int]) -> dict[int, int]:
-    return {pid: psutil.Process(pid).memory_info().rss for pid in pids}
+@pytest.fixture(scope="module")
+def forward(cluster):
+    with grpc.insecure_channel(cluster) as channel:
+        yield channel.unary_unary(FORWARD)
 
 
-def _pids(client: Client) -> list[int]:
-    health = client.health()
-    return [health["coordinator"]["pid"], *(rank["pid"] for rank in health["ranks"])]
-
-
-@pytest.mark.timeout(300)
 def test_every_rpc_of_the_coordinator_survives_hostile_messages(cluster):
-    services = [
-        coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"],
-        health_pb2.DESCRIPTOR.services_by_name["Health"],
-        reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
-        inference.service,
-    ]
-    targets = methods(services)
-    reference = Reference(4)
-    with grpc.insecure_channel(cluster) as channel, Client(cluster) as client:
-        fuzzer = Fuzzer(channel, seed=1)
-        list(rounds(fuzzer, targets, len(targets) * 4))  # fills caches, before memory is read
-        pids = _pids(client)
-        before = _resident(pids)
-        for index, _ in enumerate(rounds(fuzzer, targets, STRIKES)):
-            if index % 500 == 0:
-                answer = client.forward("chaos", {"x": reference.requests[0]}, timeout=10)
-                assert reference.right(0, next(iter(answer.values())))
-        assert not fuzzer.bad, "\n".join(fuzzer.bad[:10])
-        assert _pids(client) == pids, "a process died and was replaced"
-        grown = {pid: after - before[pid] for pid, after in _resident(pids).items()}
-        assert max(grown.values()) < GROWTH, grown
-        answer = client.forward("chaos", {"x": reference.requests[1]}, timeout=10)
-        assert reference.right(1, next(iter(answer.values())))
-    assert sum(fuzzer.counts.values()) >= STRIKES
+    siege = at_coordinator(cluster, STRIKES, seed=1)
+    assert siege.held, (siege.bad[:10], siege.grown, siege.died, siege.wrong)
+    assert sum(siege.counts.values()) >= STRIKES
 
 
-def test_a_tensor_that_claims_more_than_it_holds_is_refused_before_memory_is_taken(cluster):
-    with Client(cluster) as client, grpc.insecure_channel(cluster) as channel:
-        pids = _pids(client)
-        before = _resident(pids)
-        call = channel.unary_unary("/tensor_parallel.v1.Coordinator/Forward")
+def test_every_rpc_of_a_daemon_survives_hostile_messages():
+    siege = at_daemon(STRIKES // 4, seed=2)
+    assert siege.held, (siege.bad[:10], siege.grown, siege.died, siege.wrong)
+
+
+def test_a_tensor_that_claims_more_than_it_holds_is_refused_before_memory_is_taken(cluster, forward):
+    with Client(cluster) as client:
+        health = client.health()
+        pids = [health["coordinator"]["pid"], *(rank["pid"] for rank in health["ranks"])]
+        before = resident(pids)
         for shape in ([1 << 40, 128], [-5, 128], [1 << 62, 1 << 62], [0] * 64, [1] * 5000):
-            request = coordinator_pb2.ForwardRequest(model="chaos")
-            request.inputs.add(name="x", dtype=2, shape=shape, data=np.zeros(128, np.float32).tobytes())
-            with pytest.raises(grpc.RpcError) as caught:
-                call(request.SerializeToString(), timeout=10)
-            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, caught.value.details()
-            assert "x" in caught.value.details()
-        assert max(after - before[pid] for pid, after in _resident(pids).items()) < GROWTH
+            assert _code(forward, shape, np.zeros(128, np.float32).tobytes()) is grpc.StatusCode.INVALID_ARGUMENT
+        assert max(after - before[pid] for pid, after in resident(pids).items()) < GROWTH
+
+
+DIMENSIONS = some.lists(some.integers(-2, 300) | some.sampled_from([WIDTH, 1 << 31, 1 << 62]), max_size=5)
+NAMES = some.just("x") | some.sampled_from(["y", ""]) | some.text(max_size=20)
+DTYPES = some.just(int(DataType.FLOAT32)) | some.integers(0, 20)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(name="x", dtype=int(DataType.FLOAT32), shape=(3, WIDTH), size=None)
+@given(name=NAMES, dtype=DTYPES, shape=DIMENSIONS | some.tuples(some.integers(1, 4), some.just(WIDTH)),
+       size=some.integers(0, 4096) | some.none())  # fmt: skip
+def test_a_forward_is_answered_if_and_only_if_it_is_well_formed(forward, name, dtype, shape, size):
+    """``size`` None: as many bytes as the shape needs, for an element of four."""
+    count = int(np.prod(shape, dtype=object)) if len(shape) else 1
+    data = bytes(4 * count) if size is None and 0 <= count <= 4096 else bytes(size or 0)
+    good = (
+        (name, dtype) == ("x", int(DataType.FLOAT32))
+        and len(shape) == 2
+        and shape[1] == WIDTH
+        and shape[0] >= 1
+        and len(data) == 4 * count
+    )
+    request = coordinator_pb2.ForwardRequest(model="kept")
+    request.inputs.add(name=name, dtype=dtype, shape=shape, data=data)
+    if good:
+        answer = coordinator_pb2.ForwardResponse.FromString(forward(request.SerializeToString(), timeout=10))
+        assert list(answer.outputs[0].shape) == list(shape)
+        return
+    with pytest.raises(grpc.RpcError) as caught:
+        forward(request.SerializeToString(), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, caught.value.details()
+
+
+def test_the_service_answers_as_ever(cluster):
+    reference = Reference(2)
+    with Client(cluster) as client:
+        answer = client.forward("kept", {"x": reference.requests[1]}, timeout=10)
+    assert reference.right(1, next(iter(answer.values())))
+
+
+def _code(forward, shape, data: bytes) -> grpc.StatusCode:
+    request = coordinator_pb2.ForwardRequest(model="kept")
+    request.inputs.add(name="x", dtype=int(DataType.FLOAT32), shape=shape, data=data)
+    with pytest.raises(grpc.RpcError) as caught:
+        forward(request.SerializeToString(), timeout=10)
+    assert "x" in caught.value.details()
+    return caught.value.code()
