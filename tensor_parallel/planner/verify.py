@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,34 @@ def verify(
     """Raise :class:`Mismatch`, naming the first operation that differs, unless every rank computes what the model
     does."""
     full = {name: _fill(name, tensors, buffers) for name in tensors.stored}
+    problem, where = _compare(prover, traced, tensors, shards, full)
+    if problem is not None and _agrees_in_float64(prover, traced, tensors, shards, full):
+        log.info("%s in float32, equal in float64: rounding that this model's random weights amplify", problem)
+    elif problem is not None:
+        raise Mismatch(f"the plan computes {problem}; first difference: {where()}")
+
+
+def _agrees_in_float64(
+    prover: Prover, traced: Traced, tensors: Tensors, shards: Mapping[str, Shard], full: Mapping[str, Tensor]
+) -> bool:
+    """Whether both agree closely in double precision; False for graphs with precisions written into them."""
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in full.items()}
+    try:
+        problem, _ = _compare(prover, traced, tensors, shards, wide, wide=True)
+    except RuntimeError:
+        return False
+    return problem is None
+
+
+def _compare(
+    prover: Prover,
+    traced: Traced,
+    tensors: Tensors,
+    shards: Mapping[str, Shard],
+    full: Mapping[str, Tensor],
+    wide: bool = False,
+) -> tuple[str | None, Callable[[], str]]:
+    """What differs in the outputs, if anything, and a way to find out where it began."""
     cache: dict[tuple[str, int], Tensor] = {}
 
     def part(name: str, rank: int) -> Tensor:
@@ -48,14 +76,22 @@ def verify(
             cache[name, rank] = shards[name].take(full[name], rank)
         return cache[name, rank]
 
-    constants = {name: tensor for name, (_, tensor) in traced.constants.items()}
+    def widened(value: Any) -> Any:
+        return value.double() if wide and isinstance(value, Tensor) and value.is_floating_point() else value
+
+    constants = {name: widened(tensor) for name, (_, tensor) in traced.constants.items()}
+    inputs = [widened(leaf) for leaf in traced.example]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        want = _reference(traced, tensors, full, constants)
-        got = _simulated(prover, traced, part, constants)
+        want = _reference(traced, tensors, full, constants, inputs)
+        torch.manual_seed(0)
+        got = simulate.run(prover.program, _clones(inputs), part, constants)
         problem = _differs(traced, prover, want, got)
-        if problem is not None:
-            where = _first_difference(prover, traced, tensors, full, constants, part)
-            raise Mismatch(f"the plan computes {problem}; first difference: {where}")
+
+    def where() -> str:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return _first_difference(prover, traced, tensors, full, constants, part, inputs)
+
+    return problem, where
 
 
 def _fill(name: str, tensors: Tensors, buffers: Mapping[str, Tensor]) -> Tensor:
@@ -72,15 +108,19 @@ def _fill(name: str, tensors: Tensors, buffers: Mapping[str, Tensor]) -> Tensor:
     return (noise / math.sqrt(max(1, stored.shape[-1]))).to(stored.dtype)
 
 
-def _inputs(traced: Traced) -> list[Any]:
-    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in traced.example]
+def _clones(leaves: Sequence[Any]) -> list[Any]:
+    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _placeholders(
-    traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    traced: Traced,
+    tensors: Tensors,
+    full: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    inputs: Sequence[Any],
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for node, leaf in zip(traced.inputs, _inputs(traced), strict=True):
+    for node, leaf in zip(traced.inputs, _clones(inputs), strict=True):
         if node is not None:
             values[node.name] = leaf
     for name, (node, _) in traced.states.items():
@@ -105,18 +145,17 @@ class _Recorder(fx.Interpreter):
 
 
 def _reference(
-    traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    traced: Traced,
+    tensors: Tensors,
+    full: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    inputs: Sequence[Any],
 ) -> dict[fx.Node, Any]:
     torch.manual_seed(0)
     outputs = {node for node in traced.outputs if isinstance(node, fx.Node)}
-    recorder = _Recorder(traced.module, _placeholders(traced, tensors, full, constants), outputs.__contains__)
+    recorder = _Recorder(traced.module, _placeholders(traced, tensors, full, constants, inputs), outputs.__contains__)
     recorder.run(*[None] * len(list(traced.graph.find_nodes(op="placeholder"))))
     return recorder.kept
-
-
-def _simulated(prover: Prover, traced: Traced, part: Any, constants: Mapping[str, Tensor]) -> list[list[Any]]:
-    torch.manual_seed(0)
-    return simulate.run(prover.program, _inputs(traced), part, constants)
 
 
 def _differs(traced: Traced, prover: Prover, want: Mapping[fx.Node, Any], got: list[list[Any]]) -> str | None:
@@ -180,15 +219,16 @@ def _first_difference(
     full: Mapping[str, Tensor],
     constants: Mapping[str, Tensor],
     part: Any,
+    inputs: Sequence[Any],
 ) -> str:
     """Walk both computations and name the first operation whose result differs."""
     torch.manual_seed(0)
     recorder = _Recorder(
-        traced.module, _placeholders(traced, tensors, full, constants), lambda node: node.op == "call_function"
+        traced.module, _placeholders(traced, tensors, full, constants, inputs), lambda node: node.op == "call_function"
     )
     recorder.run(*[None] * len(list(traced.graph.find_nodes(op="placeholder"))))
     torch.manual_seed(0)
-    values = simulate.start(prover.program, _inputs(traced), part, constants)
+    values = simulate.start(prover.program, _clones(inputs), part, constants)
     for step in prover.program.steps:
         simulate.execute(step, values, prover.ranks)
     for node, want in recorder.kept.items():
