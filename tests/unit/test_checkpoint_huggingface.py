@@ -417,6 +417,11 @@ def test_arguments_that_the_config_does_not_have_are_refused(
         open_source(saved("bert"), options={"kwargs": arguments})
 
 
+def test_an_argument_of_the_wrong_type_is_named_with_the_reason(saved: Callable[[str], Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers': TypeError.*int"):
+        open_source(saved("bert"), options={"kwargs": {"num_hidden_layers": "abc"}}).build_meta()
+
+
 def test_given_inputs_are_the_models_own(saved: Callable[[str], Path]) -> None:
     spec = {"name": "pixels", "dtype": "float32", "shape": [None, 3]}
     with pytest.raises(InvalidInput, match="BertForMaskedLM takes no pixels"):
