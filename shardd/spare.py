@@ -13,13 +13,16 @@ Forking is safe because this process has one thread, and has touched no GPU; bot
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +35,7 @@ from shardd.title import set_title
 READY, UNFIT = b"+", b"-"
 """Said over standard input: ready to fork; and: not fit to be forked any more, start ranks without me."""
 ADOPTION_SECONDS = 5.0
+IDLE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -52,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
             control.sendall(UNFIT)
             return 1
         control.sendall(READY)
+        if not select.select([control], [], [], IDLE_SECONDS)[0]:
+            _import_more()
         while (request := _receive(control)) is not None:
             if not fit():
                 control.sendall(UNFIT)
@@ -72,11 +78,34 @@ def _import() -> None:
     gc.enable()
 
 
+def _import_more() -> None:
+    """What only some models need. Forks cannot be had meanwhile, so it waits for a quiet moment, the first of which is
+    when the ranks have been made; and it does not take the processor from those who serve."""
+
+    def work() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        with contextlib.suppress(ImportError):
+            import transformers.modeling_utils
+            import transformers.models.auto  # noqa: F401
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    deadline = time.monotonic() + 1.0
+    while threads() > 1 and time.monotonic() < deadline:
+        time.sleep(0.001)  # joined, and yet on its way out of the kernel
+    gc.collect()
+    gc.freeze()
+
+
 def fit() -> bool:
     """Whether a fork of this process is as good as a new one."""
-    threads = len(os.listdir("/proc/self/task"))
     opened = (os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
-    return threads == 1 and not any(path.startswith("/dev/nvidia") for path in opened)
+    return threads() == 1 and not any(path.startswith("/dev/nvidia") for path in opened)
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def _receive(control: socket.socket) -> list[int] | None:
@@ -124,7 +153,8 @@ def _become(descriptors: list[int], between: int, supervisor: int) -> NoReturn:
 
 def _hear(asker: int, output: int) -> list[str]:
     """Takes over the output and the environment that the asker sends, and returns the arguments."""
-    with socket.socket(fileno=asker) as channel:
+    told = b""
+    with socket.socket(fileno=asker) as channel, contextlib.suppress(OSError):
         channel.sendall(f"{os.getpid()}\n".encode())
         told = b"".join(iter(lambda: channel.recv(1 << 16), b""))
     if not told:

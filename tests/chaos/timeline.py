@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 HEALTH_LAG = 2.0  # seconds for which health may still tell the old truth
+REFUTED_WITHIN = 0.25  # seconds after a sample within which a Forward is sent, and fails, if the sample was false
 NOTICE_WINDOW = 0.25  # a request sent this long after a kill still counts as waiting when it struck
 
 
@@ -105,13 +106,18 @@ class Timeline:
         return spans
 
     def lies(self) -> list[str]:
-        """Samples that said SERVING when every Forward had been failing for more than HEALTH_LAG seconds."""
+        """Samples that said SERVING when every Forward had been failing for more than HEALTH_LAG seconds, and one sent
+        right after the sample failed too: else it told of the recovery before the first answer did.
+        """
         samples = sorted(self.samples, key=lambda s: s.at)
         times = [sample.at for sample in samples]
+        failed = sorted(a.start for a in self.answers if a.outcome != "ok" and not a.retried)
         found = []
         for began, ended in self.outages():
             for sample in samples[bisect_left(times, began + HEALTH_LAG) : bisect_left(times, ended)]:
-                if sample.serving:
+                later = bisect_left(failed, sample.at)
+                refuted = later < len(failed) and failed[later] < min(sample.at + REFUTED_WITHIN, ended)
+                if sample.serving and refuted:
                     found.append(f"SERVING {sample.at - began:.2f} s into an outage of {ended - began:.2f} s")
         return found
 
