@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(150)  # a cluster's start is a second or two, a
 X = np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 16)
 TYPES = (
     "float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool",
-    ml_dtypes.bfloat16,
+    "uint16", "uint32", "uint64", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2,
 )  # fmt: skip
 
 
