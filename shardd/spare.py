@@ -47,9 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2  # a rank started with these says what is wrong
     supervisor = os.getppid()
     set_title("shardd: spare")
-    environment.prepare(
-        os.environ, threads=config.threads, world_size=config.world_size, interface=config.interface
-    )
+    environment.prepare(os.environ, threads=config.threads, world_size=config.world_size, interface=config.interface)
     _import()
     with socket.socket(fileno=0) as control:
         if not fit():

@@ -102,7 +102,7 @@ def _supervisor(node: Node, front: Front | None, directory: Path) -> Supervisor:
             stages.append([coordinator(front, node, directory)])
     except ClusterError as error:
         raise Failure(str(error), USAGE) from None
-    return Supervisor(stages, directory, spare=node.spare)
+    return Supervisor(stages, directory)
 
 
 def _check_free(front: Front) -> None:

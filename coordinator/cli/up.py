@@ -31,9 +31,8 @@ def node_options(command: Any) -> Any:
         option("--backend", type=click.Choice(["auto", "gloo", "shm", "nccl"]), default="auto", show_default=True),
         option(
             "--spare/--no-spare",
-            default=True,
-            show_default=True,
-            help="Keep a process with everything imported, of which ranks are made in milliseconds.",
+            default=None,
+            help="Keep a process of which ranks are made in milliseconds, everything imported.  [default: on CPUs]",
         ),
         option("--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="For an end."),
         option("--log-dir", type=DIRECTORY, help="Write each process's log there as well."),

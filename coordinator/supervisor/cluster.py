@@ -21,8 +21,8 @@ class Node:
     """This node's daemons. With ``listen`` HOST:PORT, rank i of the node listens on PORT+i; else on private sockets. So
     with ``metrics_listen``; else without metrics.
 
-    ``spare``: keep a process of which ranks are made. ``rank_offset`` is the first daemon's rank and ``world_size`` the
-    number of ranks on all nodes (0: ``ranks``).
+    ``spare``: keep a process of which ranks are made (None: where they run on the CPU). ``rank_offset`` is the first
+    daemon's rank and ``world_size`` the number of ranks on all nodes (0: ``ranks``).
     """
 
     ranks: int
@@ -41,7 +41,7 @@ class Node:
     drain_seconds: float = 30.0
     log_dir: Path | None = None
     log_level: str = ""
-    spare: bool = True
+    spare: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ def daemons(node: Node, directory: Path) -> list[ChildSpec]:
         raise ClusterError(f"--rank-offset: ranks up to {node.rank_offset + node.ranks - 1} do not fit in {world}")
     pins = _pins(node)
     threads = _threads(node)
+    spare = not pins if node.spare is None else node.spare
     specs = []
     for local in range(node.ranks):
         rank = node.rank_offset + local
@@ -83,7 +84,7 @@ def daemons(node: Node, directory: Path) -> list[ChildSpec]:
             ChildSpec(
                 name=f"rank {rank}",
                 argv=lambda argv=argv: [*_program("shardd"), *argv],  # type: ignore[misc]
-                rank_arguments=argv,
+                rank_arguments=argv if spare else (),
                 health=health,
                 environment=environment,
                 stop_seconds=node.drain_seconds + 5,

@@ -48,19 +48,11 @@ class Supervisor:
     ends, and every orphan is reaped. ``directory`` is removed at the end, also when this process is killed.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Sequence[ChildSpec]],
-        directory: Path,
-        timing: Timing | None = None,
-        *,
-        spare: bool = False,
-    ) -> None:
-        """With ``spare``, ranks are made of a process kept for that; see spare.py."""
+    def __init__(self, stages: Sequence[Sequence[ChildSpec]], directory: Path, timing: Timing | None = None) -> None:
         self._timing = timing or Timing()
         self._guardian = Guardian(directory)
         ranks = [spec for stage in stages for spec in stage if spec.rank_arguments]
-        first = ranks[0] if spare and ranks else None
+        first = ranks[0] if ranks else None
         self._spare = Spare(first.rank_arguments, first.environment, self._guardian) if first is not None else None
         self._stages = [[Child(spec, self._guardian, self._spare) for spec in stage] for stage in stages]
         self._tasks: dict[str, asyncio.Task[None]] = {}

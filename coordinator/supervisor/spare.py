@@ -142,7 +142,7 @@ class Spare:
             self._process = subprocess.Popen(
                 bound(self._argv),
                 env=dict(self._environment),
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=sys.stderr.fileno(),
                 stderr=sys.stderr.fileno(),
                 process_group=0,
@@ -164,12 +164,12 @@ class Spare:
         if not self._ready:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        gone = asyncio.get_running_loop().create_future()
-        descriptor = os.pidfd_open(process.pid)
         loop = asyncio.get_running_loop()
-        loop.add_reader(descriptor, lambda: gone.done() or gone.set_result(None))
+        gone = asyncio.Event()
+        descriptor = os.pidfd_open(process.pid)
+        loop.add_reader(descriptor, gone.set)
         try:
-            await gone
+            await gone.wait()
         finally:
             loop.remove_reader(descriptor)
             os.close(descriptor)
