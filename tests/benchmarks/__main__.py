@@ -54,17 +54,38 @@ def _loading(_: argparse.Namespace) -> list[Report]:
     return [loading()]
 
 
+def _planner(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.planner import planner
+
+    return [planner()]
+
+
+def _scale(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.scale import predictions, scale
+
+    return [predictions(), scale()]
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Report]]] = {
     "collectives": _collectives,
     "scaling": _scaling,
     "overhead": _overhead,
     "served": _served,
     "loading": _loading,
+    "planner": _planner,
+    "scale": _scale,
 }
 PLOTS: dict[str, dict[str, object]] = {
     "scaling": {"x": "batch", "ys": ["unsharded_ms", "two_ranks_ms"], "ylabel": "ms per forward", "log": True},
     "served": {"x": "server", "ys": ["batch 1 ms", "batch 64 ms", "16 MiB ms"], "ylabel": "p50, ms", "log": True},
     "loading": {"x": "case", "ys": ["mib_per_second"], "ylabel": "MiB/s"},
+    "planner": {
+        "x": "model",
+        "ys": ["unsharded", "transformers_gloo", "planned_gloo", "planned_shm", "by_hand_shm"],
+        "ylabel": "ms per forward",
+        "log": True,
+    },
+    "scale": {"x": "ranks", "ys": ["measured_ms", "predicted_ms"], "ylabel": "ms per forward", "log": True},
 }
 
 
@@ -83,10 +104,12 @@ def main() -> int:
     print(" ".join(f"{key}={value}" for key, value in machine_facts().items()))
     reports: list[Report] = []
     for name in args.names or BENCHMARKS:
-        for report in BENCHMARKS[name](args):
+        before = os.getloadavg()[0]
+        for index, report in enumerate(BENCHMARKS[name](args)):
             reports.append(report)
+            report.notes.append(f"load average {before:.2f} before, {os.getloadavg()[0]:.2f} after")
             print(report.table(), flush=True)
-            if args.plots and name in PLOTS:
+            if args.plots and name in PLOTS and index == 0:
                 plot(report, Path(args.plots, f"{name}.svg"), **PLOTS[name])  # type: ignore[arg-type]
     if args.json:
         write_json(Path(args.json), reports)

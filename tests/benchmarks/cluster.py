@@ -24,12 +24,13 @@ def up(
     extra: Sequence[str] = (),
     threads: int = 1,
     model_root: str | None = None,
+    shared_memory: str = "",
     deadline: float = 90.0,
     log: Path | None = None,
 ) -> Iterator[str]:
     """Yields ``host:port`` of a coordinator over ``ranks`` CPU daemons of ``threads`` threads each.
 
-    Their logs go to ``log``.
+    Their logs go to ``log``. ``shared_memory``: the prefix of what clients may share.
     Raises RuntimeError with the end of the log when the cluster does not come up in ``deadline`` seconds.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,6 +49,8 @@ def up(
         ]
         command += ["--model-root", model_root or scratch, *extra]
         environment = os.environ | {"SHARDD_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+        if shared_memory:
+            environment["COORDINATOR_ENABLE_SHARED_MEMORY"] = shared_memory
         with log.open("wb") as stream:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stream)
         try:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
-from tests.benchmarks.models import mlp
+from tests.benchmarks.models import identity, mlp
 
 LIMITS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
@@ -20,6 +20,18 @@ def in_process(width: int, hidden: int, threads: int) -> Callable[[np.ndarray], 
     """The unsharded model in this process on ``threads`` threads."""
     torch.set_num_threads(threads)
     model, _ = mlp(width, hidden)
+
+    def call(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(x)).numpy()
+
+    return call
+
+
+def elementwise(threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The model that gives back what it gets, in this process."""
+    torch.set_num_threads(threads)
+    model, _ = identity()
 
     def call(x: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

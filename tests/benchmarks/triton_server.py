@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CONFIG = """
-name: "mlp"
+name: "%(name)s"
 backend: "python"
 max_batch_size: 0
 input [{ name: "x" data_type: TYPE_FP32 dims: [-1, %(width)d] }]
@@ -36,6 +36,8 @@ class TritonPythonModel:
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(
             torch.nn.Linear(%(width)d, %(hidden)d), torch.nn.ReLU(), torch.nn.Linear(%(hidden)d, %(width)d)).eval()
+        if "%(name)s" == "identity":
+            self.model = lambda x: x + 0
 
     def execute(self, requests):
         answers = []
@@ -65,7 +67,7 @@ def _environment(venv: Path, package: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def serving_mlp(venv: Path, *, width: int, hidden: int, threads: int, deadline: float = 60.0) -> Iterator[str]:
-    """Serves ``Linear - ReLU - Linear`` as ``mlp`` and yields ``host:port``; everything is gone afterwards.
+    """Serves ``Linear - ReLU - Linear`` as ``mlp``, and ``identity``; yields ``host:port``, and all is gone afterwards.
 
     Raises FileNotFoundError without the wheel, RuntimeError when the server does not come up.
     """
@@ -76,16 +78,18 @@ def serving_mlp(venv: Path, *, width: int, hidden: int, threads: int, deadline: 
     shm_before = set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory() as scratch:
         values = {"width": width, "hidden": hidden, "threads": threads}
-        version = Path(scratch, "models", "mlp", "1")
-        version.mkdir(parents=True)
-        (version.parent / "config.pbtxt").write_text(CONFIG % values)
-        (version / "model.py").write_text(MODEL % values)
+        repository = Path(scratch, "models")
+        for name in ("mlp", "identity"):
+            version = repository / name / "1"
+            version.mkdir(parents=True)
+            (version.parent / "config.pbtxt").write_text(CONFIG % (values | {"name": name}))
+            (version / "model.py").write_text(MODEL % (values | {"name": name}))
         backends = Path(scratch, "backends")
         shutil.copytree(home / "backends", backends)
         stub = home / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
         shutil.copy2(stub / "triton_python_backend_stub", backends / "python")
         port = _free_port()
-        command = [str(home / "bin" / "tritonserver"), "--model-repository", str(version.parent.parent)]
+        command = [str(home / "bin" / "tritonserver"), "--model-repository", str(repository)]
         command += ["--backend-directory", str(backends), "--allow-http", "false", "--allow-metrics", "false"]
         command += ["--grpc-address", "127.0.0.1", "--grpc-port", str(port)]
         log = Path(scratch, "log")
@@ -115,7 +119,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path, dea
     with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
         while time.monotonic() < end and server.poll() is None:
             with contextlib.suppress(triton.InferenceServerException):
-                if client.is_model_ready("mlp"):
+                if client.is_model_ready("mlp") and client.is_model_ready("identity"):
                     return
             time.sleep(0.2)
     raise RuntimeError(f"tritonserver did not come up:\n{log.read_text()[-2000:]}")
