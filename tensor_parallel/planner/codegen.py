@@ -129,8 +129,8 @@ class _Writer:
         if step.fn is operator.getitem and isinstance(step.args[1], int):
             return f"v{step.out} = {self.expression(step.args[0])}[{step.args[1]}]"
         if hasattr(step.fn, "simulate"):
-            run, collective = step.fn.run, step.fn
-            name = self.constant(_bound(run, group), f"{collective.kind}_{step.out}")
+            collective: Any = step.fn
+            name = self.constant(_bound(collective.run, group), f"{collective.kind}_{step.out}")
         else:
             fn = _DIRECT.get(step.fn, step.fn)
             name = self.function(fn)

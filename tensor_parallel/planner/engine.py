@@ -76,10 +76,11 @@ class Call:
 
     def __init__(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any, dtypes: Any) -> None:
         self.node = node
-        self.op: Any = node.target
+        target: Any = node.target
+        self.op: Any = target
         self.shapes = shapes  # Shapes, or a list of them for several results
         self.dtypes = dtypes
-        schema = self.op._schema
+        schema: Any = target._schema
         self.name: str = schema.name.split("::")[1]
         self.arguments = schema.arguments
         self.bound: dict[str, Any] = {}
@@ -346,7 +347,8 @@ class Engine:
         kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
         target = node.target
         if target in _GETITEM and isinstance(args[0], (list, tuple)):
-            return args[0][args[1]]
+            position: Any = args[1]
+            return args[0][position]
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self.visit_region(node, args)
         if not isinstance(target, torch._ops.OpOverload):

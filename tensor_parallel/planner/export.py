@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,7 +248,8 @@ def _outputs(
     """The user's outputs, and the new values of buffers the model updates."""
     outputs: list[Any] = []
     updates: dict[str, fx.Node] = {}
-    for value, spec in zip(output_node.args[0], signature.output_specs, strict=True):
+    results: Any = output_node.args[0]
+    for value, spec in zip(results, signature.output_specs, strict=True):
         kind = spec.kind.name
         if kind == "USER_OUTPUT":
             outputs.append(value)
@@ -327,7 +328,13 @@ def _assignments(exported: torch.export.ExportedProgram, guards: Sequence[Any]) 
         return ({},)
     ranges = exported.range_constraints
     primes = dict(zip(sorted(set(hints.values())), itertools.cycle((3, 2, 5, 7)), strict=False))
-    for grown in (lambda h: h * primes[h], lambda h: 2 * h, lambda h: 3 * h, lambda h: h + 1):
+    growths: tuple[Callable[[int], int], ...] = (
+        lambda h: h * primes[h],
+        lambda h: 2 * h,
+        lambda h: 3 * h,
+        lambda h: h + 1,
+    )
+    for grown in growths:
         other = {}
         for symbol, hint in hints.items():
             upper = ranges[symbol].upper if symbol in ranges else sympy.oo

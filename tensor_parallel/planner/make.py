@@ -6,7 +6,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from tensor_parallel.planner.reserve import reserved, skeleton
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.tensors import Tensors
+
+if TYPE_CHECKING:
+    from tensor_parallel.planner.fallback import ModulesModel
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +221,7 @@ def _constant_text(constant: PerRank) -> str:
 
 def instantiate(
     plan: Plan, model: nn.Module, *, rank: int, group: Group, read: Read, device: torch.device | str | None = None
-) -> ShardedModule:
+) -> ShardedModule | ModulesModel:
     """This rank's module. ``read(name, shard)`` gives the local part of each stored tensor, once each.
 
     ``model`` gives structure only (its parameters may be meta). Raises :class:`PlanError` when the plan was made
@@ -232,7 +235,7 @@ def instantiate(
 
 def instantiate_skeleton(
     plan: Plan, twin: nn.Module, *, rank: int, group: Group, read: Read, device: torch.device
-) -> ShardedModule:
+) -> ShardedModule | ModulesModel:
     """:func:`instantiate` for a skeleton that is handed over."""
     if plan.mode == "modules":
         from tensor_parallel.planner.fallback import build_modules

@@ -112,12 +112,13 @@ def take_indices(value: Tensor, dim: int, index: tuple[int, ...]) -> Tensor:
 def take_pattern(value: Tensor, dim: int, index: tuple[int, ...], base: int, outer: int, inner: int) -> Tensor:
     """A rank's indices of a dimension that is ``outer x base x inner`` long, one of which is free."""
     if outer == -1:
-        opened = value.unflatten(dim, (value.shape[dim] // base, base))
-        return opened.index_select(dim + 1, torch.tensor(index, dtype=torch.long, device=value.device)).flatten(
-            dim, dim + 1
-        )
-    opened = value.unflatten(dim, (base, value.shape[dim] // base))
-    return opened.index_select(dim, torch.tensor(index, dtype=torch.long, device=value.device)).flatten(dim, dim + 1)
+        opened: Tensor = value.unflatten(dim, (value.shape[dim] // base, base))
+        at = dim + 1
+    else:
+        opened = value.unflatten(dim, (base, value.shape[dim] // base))
+        at = dim
+    taken: Tensor = opened.index_select(at, torch.tensor(index, dtype=torch.long, device=value.device))
+    return taken.flatten(dim, dim + 1)
 
 
 def share(size: int, count: int, base: int) -> int:
@@ -165,7 +166,8 @@ def add_once(pending: Tensor, whole: Tensor, alpha: float, first: bool) -> Tenso
     The gradient reaches ``whole`` on every rank alike (the gradient of a pending sum is replicated).
     """
     if torch.is_grad_enabled() and whole.requires_grad:
-        return _AddOnce.apply(pending, whole, alpha, first)
+        added: Tensor = _AddOnce.apply(pending, whole, alpha, first)  # type: ignore[no-untyped-call]
+        return added
     return torch.add(pending, whole, alpha=alpha) if first else pending
 
 

@@ -59,7 +59,9 @@ def run(
     with torch.no_grad():
         for step in program.steps:
             execute(step, values, program.ranks)
-    return [
-        map_refs(program.outputs, lambda ref, rank=rank: values[ref.id][rank], lambda c, rank=rank: c.values[rank])
-        for rank in range(program.ranks)
-    ]
+
+    def of_rank(rank: int) -> list[Any]:
+        found: list[Any] = map_refs(program.outputs, lambda ref: values[ref.id][rank], lambda c: c.values[rank])
+        return found
+
+    return [of_rank(rank) for rank in range(program.ranks)]

@@ -135,7 +135,8 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, values: Mapping[str, Any], keep: Callable[[fx.Node], bool]) -> None:
         super().__init__(module, garbage_collect_values=True)
-        self.values, self.keep, self.kept = values, keep, {}
+        self.values, self.keep = values, keep
+        self.kept: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = self.values.get(n.name) if n.op == "placeholder" else super().run_node(n)

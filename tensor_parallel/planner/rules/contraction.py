@@ -95,10 +95,9 @@ def _settle_weights(e: Engine, operands: Sequence[Operand], out: Letters) -> Non
         if meets and place.dims[letters.index(meets[0])] is not None:
             e.commit(value, letters.index(meets[0]), divided[meets[0]])
             continue
-        if divided and not meets:
-            if all(d in out for d in divided):
-                e.commit(value)
-                continue
+        if divided and not meets and all(d in out for d in divided):
+            e.commit(value)
+            continue
         by_output = [x for x in letters if x in out and x not in others and x is not None]
         by_input = [x for x in letters if x not in out and x is not None]
         batch = [x for x in letters if x in out and x in others and x is not None]
@@ -155,8 +154,8 @@ def matmul_letters(x: Value, y: Value) -> tuple[Letters, Letters, Letters]:
     """Letters of ``matmul``: batch dimensions broadcast from the right."""
     nx, ny = x.ndim, y.ndim
     batch = max(nx, ny, 2) - 2
-    lx: list[str | None] = (["m"] if nx > 1 else []) + ["k"]
-    ly: list[str | None] = ["k"] + (["n"] if ny > 1 else [])
+    lx: list[str | None] = ["m", "k"] if nx > 1 else ["k"]
+    ly: list[str | None] = ["k", "n"] if ny > 1 else ["k"]
     for i in range(1, batch + 1):
         name = f"b{i}"
         if nx - 2 >= i:
@@ -227,7 +226,7 @@ def einsum(e: Engine, call: Call) -> Any:
     operands: list[Operand] = []
     for value, side in zip(values, sides, strict=True):
         operands.append((value, tuple(side)))
-    sizes = {}
+    sizes: dict[Any, Any] = {}
     for value, letters in operands:
         for d, letter in enumerate(letters):
             sizes.setdefault(letter, set()).add(value.shapes[0][d])

@@ -3,6 +3,7 @@ part."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ aten = torch.ops.aten
 
 # ---------------------------------------------------------------------------------------------- dimensions in another
 # order
-def remap(e: Engine, call: Call, mapping: list[int | None], ref: Any = None, /, **replacements: Any) -> Any:
+def remap(e: Engine, call: Call, mapping: Sequence[int | None], ref: Any = None, /, **replacements: Any) -> Any:
     """Result dimension ``i`` is operand dimension ``mapping[i]`` (None: a new one); the operation does not touch
     the others."""
     value = next(v for v in call.values() if e.is_sharded(v) or e.undecided(v))
@@ -260,9 +261,9 @@ def split(e: Engine, call: Call) -> Any:
     value = call.value("self")
     dim = call.dim("dim", value.ndim)
     place = e.place(value)
-    if isinstance(place, Undecided) and place.dims[dim] is not None and not place.looked_up:
-        if e.settle_for_pieces(value, dim):
-            return e.visit_again(call)
+    open_dim = isinstance(place, Undecided) and place.dims[dim] is not None and not place.looked_up
+    if open_dim and e.settle_for_pieces(value, dim):
+        return e.visit_again(call)
     if isinstance(place, Sharded) and place.dim == dim:
         return _split_divided(e, call, value, place, dim)
     ref = e.replay(call) if isinstance(place, Sharded) else None
