@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -415,7 +416,7 @@ def test_logs_follow_what_is_written(logs):
 
 
 def test_a_reader_that_goes_away_is_no_error(server):
-    command = f"{sys.executable} -m coordinator.cli completion bash | true; exit ${{PIPESTATUS[0]}}"
+    command = f"{shlex.quote(sys.executable)} -m coordinator.cli completion bash | true; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30, check=False)
     assert result.stderr == ""
 
