@@ -248,7 +248,14 @@ def test_top_once(run):
 def test_top_goes_on_when_the_coordinator_does_not_answer_and_ends_with_ctrl_c():
     with scripted_server() as (target, _):
         command = [sys.executable, "-u", "-m", "coordinator.cli", "--target", target, "top", "--interval", "0.2"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A test run in the background of a shell ignores SIGINT, and its children would too.
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         seen = []
         try:
             for line in process.stdout:

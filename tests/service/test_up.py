@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -235,8 +237,9 @@ def test_a_killed_coordinator_comes_back_on_its_port_without_a_reload(running, c
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_nothing_is_left(tmp_path, number):
-    private = {path.name for path in Path("/tmp").glob("shardctl-*")}
-    with cluster(log=tmp_path / "log", ranks=1) as running:
+    temporary = Path(tempfile.mkdtemp(prefix="up-"))  # short: the private sockets' paths have a limit
+    with cluster(log=tmp_path / "log", ranks=1, variables={"TMPDIR": str(temporary)}) as running:
+        assert [path.name for path in temporary.glob("shardctl-*")] != []
         family = psutil.Process(running.process.pid).children(recursive=True)
         assert len(family) >= 3  # daemon, coordinator, guardian
         running.process.send_signal(number)
@@ -244,7 +247,8 @@ def test_nothing_is_left(tmp_path, number):
         _, alive = psutil.wait_procs(family, 15)
         assert alive == []
     assert code == (0 if number is signal.SIGTERM else -signal.SIGKILL)
-    assert {path.name for path in Path("/tmp").glob("shardctl-*")} <= private
+    assert [path.name for path in temporary.glob("shardctl-*")] == []
+    shutil.rmtree(temporary)
 
 
 def test_state_survives_everything(tmp_path):
