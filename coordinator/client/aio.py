@@ -14,6 +14,7 @@ import numpy.typing as npt
 from google.protobuf.message import Message
 
 from coordinator.client import calls, stream
+from coordinator.client.aio_status import FirstStatus
 from coordinator.client.calls import Json
 from coordinator.client.connection import Connection, Options, TlsSetting, new_request_id
 from coordinator.client.errors import RequestError, from_rpc
@@ -194,10 +195,13 @@ class AsyncClient:
             calls.FORWARD_STREAM, response_deserializer=pb.ForwardStreamResponse.FromString
         )
         answers = method(requests(), timeout=remaining, metadata=metadata)
+        status = FirstStatus(answers)
         try:
             async for answer in answers:
                 if assembler.feed(answer):
                     return assembler.outputs()
+        except grpc.aio.AioRpcError as error:
+            raise status.instead_of(error) from None
         finally:
             answers.cancel()
         raise RequestError(grpc.StatusCode.INTERNAL, "the answer ended early", request_id=call.request_id)

@@ -87,6 +87,26 @@ def test_retries_hide_a_lost_rank_and_a_full_queue(server, call, streamed):
     assert len(server[1].request_ids) == 4
 
 
+def test_a_stream_refused_while_it_is_written_keeps_its_status(server, monkeypatch):
+    """grpc.aio reports a failed write as INTERNAL in place of what the server said; it shows once in some dozens."""
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 1024)
+    x = np.zeros(64 * 1024, np.uint8)
+    times = 150
+
+    async def refused():
+        async with AsyncClient(server[0]) as client:
+            for _ in range(times):
+                with pytest.raises(RequestError) as caught:
+                    await client.forward("echo", {"x": x}, streamed=True)
+                yield caught.value
+
+    async def run():
+        return [(error.code(), error.details(), error.retry_after) async for error in refused()]
+
+    server[1].script = [(EXHAUSTED, "queue full", 10)] * times
+    assert set(asyncio.run(run())) == {(EXHAUSTED, "queue full", 0.01)}
+
+
 def test_retries_end_with_the_last_error(server, call):
     server[1].script = [(UNAVAILABLE, f"lost {n}", None) for n in range(9)]
     with pytest.raises(RequestError, match="lost 3"):
