@@ -4,6 +4,7 @@ know.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.specs import output_names
 from tensor_parallel.requests import RequestChecker
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ServingOptions:
-    """``verify``: compare a truncated sharded replica with the unsharded model when planning. ``threads``: of the
-    reader.
+    """``verify``: compare a sharded replica with the unsharded model when planning; where there is no graph to compare,
+    see that the model runs at all. ``threads``: of the reader.
     """
 
     verify: bool = True
@@ -177,6 +180,9 @@ def load_model(
         return parts.pop(name)
 
     module = instantiate(plan, model, rank=rank, group=group, read=read, device=device)
+    if parsed.verify and plan.mode == "modules":
+        _stop_if(stop)
+        _rehearse(module, source, device)
     checker = RequestChecker(plan.inputs, source.constraints(), source.default_inputs())
     return ServedModel(
         plan, source.digest(), loaded.digest, loaded.nbytes, source.unused, checker, device, module.eval()
@@ -192,6 +198,39 @@ def _planned(
         raise
     except Exception as error:  # tracing runs the model's own code, which raises anything for inputs it does not take
         raise PlanError(f"{source.path.name} cannot be planned: {type(error).__name__}: {error}") from error
+
+
+def _rehearse(module: nn.Module, source: Source, device: torch.device) -> None:
+    """A model that could not be traced runs once, whole weights read one at a time: what always raises is not loaded.
+    Raises :class:`InvalidInput`; alike on every rank.
+    """
+    from tensor_parallel.planner.fallback import ModulesModel
+
+    assert isinstance(module, ModulesModel)
+    inputs = {name: value.to(device) for name, value in source.example_inputs().items()}
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            module.eval().rehearse(inputs, lambda name: source.read(name, Shard.replicated(), 0).to(device))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        log.warning("%s: no memory to see whether its forward runs: %s", source.path.name, error)
+    except Exception as error:  # the model's own code raises anything
+        tried = ", ".join(f"{name} {_described(value)}" for name, value in inputs.items())
+        raise InvalidInput(
+            f"the model does not run: its forward raised {type(error).__name__}: {_first_line(error)}; "
+            f"tried with {tried}. "
+            "If it takes other inputs, give them with the load (inputs=, or --model-input NAME:TYPE[SHAPE]); "
+            "verify=false skips this trial"
+        ) from error
+
+
+def _described(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "without a message")
 
 
 def _refuse_if_too_large(plan: Plan, rank: int, device: torch.device) -> None:

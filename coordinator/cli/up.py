@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from coordinator.cli.settings import FILE, Settings, option, settings_of, shared
 if TYPE_CHECKING:
     from coordinator.cli.running import Running
 
+FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 
 
@@ -68,15 +70,25 @@ def up(context: click.Context, /, load: tuple[str, ...], **options: Any) -> None
     from coordinator.cli.running import run
 
     settings = settings_of(context)
-    models = [_model(text) for text in load]
+    models = [_model(text, options["model_root"]) for text in load]
     node, front = _specs(settings, options)
     asyncio.run(run(node, front, models, settings, lambda running: announce(running, as_json=bool(settings.json))))
 
 
-def _model(text: str) -> tuple[str, str]:
+def _model(text: str, root: Path | None) -> tuple[str, str]:
+    """Name and path. Raises click.UsageError for what is known to be wrong before anything is started."""
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise click.BadParameter(f"--load {text!r} is not NAME=PATH")
+    if root is None or not root.is_dir() or FACTORY.fullmatch(path):
+        return name, path
+    found, shown = root / path, f"--load {text}"
+    if ".." in Path(path).parts or not found.is_relative_to(root):
+        raise click.UsageError(f"{shown}: models are read below {str(root)!r} only")
+    if not found.exists():
+        raise click.UsageError(f"{shown}: no {path!r} below {str(root)!r}")
+    if found.is_dir() and not (found / "config.json").exists():
+        raise click.UsageError(f"{shown}: there is no config.json in {str(found)!r}, so it is no model")
     return name, path
 
 
@@ -104,6 +116,9 @@ def make_node(options: dict[str, Any]) -> Any:
     from coordinator.supervisor.cluster import Node
 
     root, log_dir = options["model_root"], options["log_dir"]
+    for factory in options["allow_factory"]:
+        if not FACTORY.fullmatch(factory):
+            raise click.UsageError(f"--allow-factory {factory!r} is not PACKAGE.MODULE:NAME")
     if root is not None and not root.is_dir():
         raise click.UsageError(f"--model-root: no directory {str(root)!r}")
     if log_dir is not None:

@@ -219,6 +219,9 @@ class Engine:
     def settle_for_reshape(self, value: Value) -> None:
         """Settle an undecided parameter that is about to be reshaped."""
 
+    def settle_addend(self, value: Value) -> None:
+        """Settle an undecided parameter that is added to a pending sum, to which each rank may add its own part."""
+
     def prefer(self, value: Value) -> str:
         """How the search wants this weight divided: "auto" (by output) or "in" (by input)."""
         return "auto"

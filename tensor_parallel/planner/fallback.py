@@ -119,6 +119,7 @@ class ModulesModel(nn.Module):
         super().__init__()
         self._twin = (twin,)
         self._gathered: dict[tuple[int, str], Tensor] = {}
+        self._whole: Callable[[str], Tensor] | None = None
         self._modules, self._parameters, self._buffers = twin._modules, twin._parameters, twin._buffers
         self._non_persistent_buffers_set = twin._non_persistent_buffers_set
 
@@ -131,6 +132,16 @@ class ModulesModel(nn.Module):
         finally:
             self._gathered.clear()
 
+    def rehearse(self, inputs: Mapping[str, Any], whole: Callable[[str], Tensor]) -> None:
+        """Run the model once without its peers: ``whole(name)`` gives the undivided tensors, one at a time. Raises what
+        the model raises."""
+        self._whole = whole
+        try:
+            with torch.no_grad():
+                self(**inputs)
+        finally:
+            self._whole = None
+
 
 def build_modules(
     plan: Plan, twin: nn.Module, *, rank: int, group: Group, read: Callable[[str, Shard], Tensor], device: torch.device
@@ -141,14 +152,15 @@ def build_modules(
     module = ModulesModel(twin)
     _fill(twin, tensors, plan, read, device)
     for prefix, child in twin.named_modules():
-        divided = {
-            leaf: plan.shards[tensors.canonical(f"{prefix}.{leaf}" if prefix else leaf)]
+        names = {
+            leaf: tensors.canonical(f"{prefix}.{leaf}" if prefix else leaf)
             for leaf, parameter in child._parameters.items()
             if parameter is not None
         }
-        divided = {leaf: shard for leaf, shard in divided.items() if shard.dim is not None}
+        divided = {leaf: name for leaf, name in names.items() if plan.shards[name].dim is not None}
         if divided:
-            _specialise(child, divided, group, module, prefix in linears)
+            shards = {leaf: plan.shards[name] for leaf, name in divided.items()}
+            _specialise(child, shards, divided, group, module, prefix in linears)
     return module
 
 
@@ -169,7 +181,12 @@ def _fill(
 
 
 def _specialise(
-    child: nn.Module, divided: Mapping[str, Shard], group: Group, owner: ModulesModel, linear: bool
+    child: nn.Module,
+    divided: Mapping[str, Shard],
+    names: Mapping[str, str],
+    group: Group,
+    owner: ModulesModel,
+    linear: bool,
 ) -> None:
     """Make ``child`` an instance of a subclass that finds whole parameters where its class finds its own."""
     base = type(child)
@@ -178,12 +195,16 @@ def _specialise(
         shard = divided.get(name)
         if shard is None:
             return base.__getattr__(self, name)
+        if owner._whole is not None:
+            return owner._whole(names[name])
         key = (id(self), name)
         if key not in owner._gathered:
             owner._gathered[key] = gather(self._parameters[name], shard, group)  # type: ignore[arg-type]
         return owner._gathered[key]
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
+        if owner._whole is not None:
+            return base.forward(self, input)  # type: ignore[no-any-return]
         weight, bias = self._parameters["weight"], self._parameters.get("bias")
         local = functional.linear(collectives.copy_to_ranks(input, group), weight, bias)  # type: ignore[arg-type]
         sizes = [divided["weight"].local_size(r) for r in range(group.world_size)]

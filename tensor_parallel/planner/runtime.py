@@ -182,6 +182,19 @@ class _AddOnce(torch.autograd.Function):
         return grad, grad * ctx.alpha if ctx.alpha != 1 else grad, None, None
 
 
+def add_part(pending: Tensor, part: Tensor, alpha: float, index: tuple[int, ...] | range) -> Tensor:
+    """Add a rank's own entries of a vector to a pending sum, in place along its last dimension: the sum over ranks
+    follows.
+
+    The gradient of a pending sum is replicated, so each rank's own slice of it is its part's.
+    """
+    if isinstance(index, range):
+        pending.narrow(-1, index.start, len(index)).add_(part, alpha=alpha)
+        return pending
+    at = torch.tensor(index, dtype=torch.long, device=pending.device)
+    return pending.index_add_(-1, at, part.expand(*pending.shape[:-1], -1), alpha=alpha)
+
+
 def moments(value: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Sum and sum of squares over ``dims`` (kept), stacked last, in float64 so that their difference keeps its
     digits."""

@@ -24,6 +24,7 @@ from tensor_parallel.planner.tensors import Tensors
 Division = tuple[int, tuple[int, ...]]
 """A dimension and the rank that owns each index along it."""
 
+_WORTH_ADDING = 4096  # bytes: a smaller bias is added sooner by one rank than by each its part
 _WORTH = 0.002  # of all bytes: smaller lookup tables and computed weights are not worth a collective
 
 
@@ -36,6 +37,7 @@ class Solver(Engine):
         self.atoms = Atoms()
         self.decided: dict[str, tuple[int, Owners] | None] = {}
         self._cuts: dict[fx.Node, set[int]] = {}
+        self._addends: set[str] = set()
 
     # ------------------------------------------------------------------ begin and end
     def begin(self) -> None:
@@ -73,9 +75,12 @@ class Solver(Engine):
                 shape = self.tensors.shape(name)
                 dim = max(range(len(shape)), key=lambda d: (shape[d], -d))
                 if shape[dim] >= self.ranks:
-                    sizes = split_sizes(shape[dim], self.ranks)
-                    result[name] = (dim, tuple(int(r) for r in np.repeat(np.arange(self.ranks), sizes)))
-        return result
+                    result[name] = self._even(name, dim)
+        return result | {name: self._even(name, 0) for name in self._addends}
+
+    def _even(self, name: str, dim: int) -> Division:
+        sizes = split_sizes(self.tensors.shape(name)[dim], self.ranks)
+        return dim, tuple(int(r) for r in np.repeat(np.arange(self.ranks), sizes))
 
     # ------------------------------------------------------------------ atoms
     def unify(self, a: Owners, b: Owners) -> Owners:
@@ -162,6 +167,21 @@ class Solver(Engine):
         place = self.place(value)
         if isinstance(place, Undecided):
             self.decided[place.param] = None
+
+    def settle_addend(self, value: Value) -> None:
+        place = self.place(value)
+        if not isinstance(place, Undecided):
+            return
+        self.decided[place.param] = None  # as for whoever else uses it: the sum does not depend on who adds what
+        shape, nbytes = self.tensors.shape(place.param), self.tensors.nbytes(place.param)
+        dividable = len(shape) == 1 and shape[0] >= self.ranks and nbytes >= _WORTH_ADDING
+        if dividable and self._is_sole_use(value, place.param):
+            self._addends.add(place.param)
+
+    def _is_sole_use(self, value: Value, param: str) -> bool:
+        """Whether ``value`` is the parameter itself, read by nothing else."""
+        nodes = [node for name, (node, _) in self.traced.states.items() if self.tensors.canonical(name) == param]
+        return any(self.env[node] is value for node in nodes) and sum(len(node.users) for node in nodes) == 1
 
     def divide(self, value: Value, dim: int) -> Owners:
         place = self.place(value)

@@ -66,6 +66,20 @@ def moody() -> Made:
     return Moody(), {"x": torch.zeros(2, 16)}
 
 
+class Picky(Mlp):
+    """Runs only where ``x`` has a value of 5, which no one would guess."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not bool((x == 5).any()):
+            raise LookupError("no five among the inputs")
+        return super().forward(x)
+
+
+def picky(fits: bool = False) -> Made:
+    """Its own example fits, or not."""
+    return Picky(), {"x": torch.full((2, 16), 5.0 if fits else 0.0)}
+
+
 def slow() -> Made:
     """Takes a while to build."""
     time.sleep(2.0)

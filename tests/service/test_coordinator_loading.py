@@ -15,6 +15,7 @@ from tests.service.daemons import wait_for
 from tests.service.load_generator import LoadGenerator
 
 MLP = "tests.service.shard_models:mlp"
+PICKY = "tests.service.shard_models:picky"
 X = np.random.default_rng(0).standard_normal((2, 16)).astype(np.float32)
 Code = grpc.StatusCode
 
@@ -95,6 +96,8 @@ def test_unloading_under_load_answers_everything(cluster):
         (pb.LoadRequest(name="serving", path="p", version="1"), Code.FAILED_PRECONDITION, "is there already"),
         (pb.LoadRequest(name="serving", path="no/such/model"), Code.INVALID_ARGUMENT, "no/such/model"),
         (pb.LoadRequest(name="fresh", path="no/such/model"), Code.INVALID_ARGUMENT, "no/such/model"),
+        (pb.LoadRequest(name="picky", path=PICKY), Code.INVALID_ARGUMENT, "forward raised LookupError: no five"),
+        (pb.LoadRequest(name="picky", path=PICKY), Code.INVALID_ARGUMENT, "x float32[2, 16]"),
     ],
 )
 def test_a_load_that_fails_changes_nothing(cluster, request_, code, said):

@@ -308,6 +308,10 @@ def test_a_port_in_use_is_told_before_anything_starts():
         (["--ranks", "1"], "--model-root DIR is needed"),
         (["--ranks", "1", "--device", "cuda", "--model-root", "/tmp"], "no GPU was found"),
         (["--ranks", "1", "--model-root", "/tmp", "--load", "x"], "NAME=PATH"),
+        (["--ranks", "1", "--model-root", "/tmp", "--load", "m=no/such"], "no 'no/such' below '/tmp'"),
+        (["--ranks", "1", "--model-root", "/tmp", "--load", "m=../etc"], "models are read below '/tmp' only"),
+        (["--ranks", "1", "--model-root", "/tmp", "--load", "m=/etc"], "models are read below '/tmp' only"),
+        (["--ranks", "1", "--model-root", "/usr", "--load", "m=share"], "no config.json in '/usr/share'"),
         (["--ranks", "1", "--model-root", "/tmp", "--colour"], "--colour"),
         (["--ranks", "1", "--allow-factory", "no colon"], "PACKAGE.MODULE:NAME"),
     ],
@@ -319,6 +323,7 @@ def test_wrong_settings_are_one_line_and_exit_code_2(arguments, says):
     result = up(*arguments)
     assert result.returncode == 2, result.stderr
     assert says in messages(result)
+    assert result.stderr == messages(result) + "\n", "nothing was started"
     assert "Traceback" not in result.stderr
 
 
@@ -332,10 +337,11 @@ def test_an_unknown_variable_of_a_daemon_stops_the_start():
 
 def test_a_model_that_does_not_load_ends_it_with_its_reason(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
     result = up("--ranks", "1", "--port", "0", "--model-root", str(tmp_path), "--load", "m=empty")
     assert result.returncode == 1
     assert "cannot load m=empty: " in messages(result)
-    assert "config.json" in messages(result)
+    assert "config.json has no model_type" in messages(result)
 
 
 def test_a_token_and_tls_are_served(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,36 @@ def test_given_inputs_must_be_those_of_the_program(
     ]
     with pytest.raises(InvalidInput, match=reason):
         load(open_source(archive, options={"inputs": specs}))
+
+
+PICKY = "tests.service.shard_models:picky"
+
+
+def picky(inputs: list[dict[str, object]] | None = None, **kwargs: bool) -> Source:
+    return open_source(PICKY, options={"kwargs": kwargs, "inputs": inputs or []}, factories=[PICKY])
+
+
+def on_each_rank(source: Callable[[], Source], **options: object) -> list[ServedModel]:
+    """Loaded by two ranks that have no group yet: whatever loading does, it does alone."""
+    return [
+        load_model(source(), world_size=2, rank=rank, device=CPU, group=Group(rank, 2), **options)  # type: ignore[arg-type]
+        for rank in range(2)
+    ]
+
+
+def test_a_model_that_always_raises_is_not_loaded() -> None:
+    with pytest.raises(InvalidInput, match=r"forward raised LookupError: no five.*x float32\[2, 16\].*--model-input"):
+        on_each_rank(picky)
+    assert [model.plan.mode for model in on_each_rank(picky, options={"verify": False})] == ["modules", "modules"]
+
+
+def test_it_is_tried_with_the_inputs_that_the_user_describes() -> None:
+    fives = [{"name": "x", "dtype": "int64", "shape": [None, 16], "low": 5, "high": 6}]
+    with pytest.raises(InvalidInput, match="forward raised RuntimeError"):  # fives, but no floating point numbers
+        on_each_rank(lambda: picky(fives))
+    models = on_each_rank(lambda: picky(fits=True))
+    assert [model.plan.mode for model in models] == ["modules", "modules"]
+    assert all(model.bytes_held < 0.6 * model.plan.total_bytes for model in models)
 
 
 def test_a_model_that_cannot_be_traced_at_all_is_a_plan_error(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import Call, Engine, Value
-from tensor_parallel.planner.placement import PARTIAL, Partial, Replicated, Sharded, Undecided, Unproven
+from tensor_parallel.planner.placement import PARTIAL, Partial, Replicated, Sharded, Undecided, Unproven, positions
 from tensor_parallel.planner.program import PerRank, Ref
 from tensor_parallel.planner.rules.pointwise import is_pending
 from tensor_parallel.planner.rules.registry import partial_rule, rule
@@ -69,12 +71,26 @@ def contract(
         return _gathered(e, operands, e.result(call, with_bias(refs, part), place))
     ref = product(refs)
     if bias is not None:
-        value = bias[0]
-        e.commit_whole(value)
-        whole = e.full(value, "a bias is added once to the whole sum")
-        first = PerRank(tuple(rank == 0 for rank in range(e.ranks)))
-        ref = e.emit(runtime.add_once, ref, whole, bias_scale, first)
+        ref = _add_bias(e, ref, *bias, out, bias_scale)
     return e.result(call, ref, Partial(origin) if avoidable else PARTIAL)
+
+
+def _add_bias(e: Engine, pending: Ref | None, value: Value, letters: Letters, out: Letters, scale: float) -> Ref | None:
+    """A bias added once to the whole sum: each rank adds the part that it holds, or one rank all of it."""
+    e.settle_addend(value)
+    if e.is_sharded(value) and letters == out[-1:]:
+        owner = e.sharded(value).owners[0]  # a parameter's: alike at every assignment
+        index = PerRank(tuple(_indices(positions(owner, rank)) for rank in range(e.ranks)))
+        return e.emit(runtime.add_part, pending, value, scale, index)
+    e.commit_whole(value)
+    whole = e.full(value, "a bias is added once to the whole sum")
+    return e.emit(runtime.add_once, pending, whole, scale, PerRank(tuple(rank == 0 for rank in range(e.ranks))))
+
+
+def _indices(held: NDArray[np.int64]) -> range | tuple[int, ...]:
+    found = tuple(held.tolist())
+    run = range(found[0], found[-1] + 1) if found else range(0)
+    return run if len(run) == len(found) else found
 
 
 def _gathered(e: Engine, operands: Sequence[Operand], result: Value) -> Value:
