@@ -9,8 +9,10 @@ from tensor_parallel.planner.rules import (
     movement,
     normalization,
     partial,
+    pieces,
     pointwise,
     reduction,
+    reshape,
 )
 from tensor_parallel.planner.rules.registry import PARTIAL_RULES, RULES
 
@@ -25,6 +27,8 @@ __all__ = [
     "movement",
     "normalization",
     "partial",
+    "pieces",
     "pointwise",
     "reduction",
+    "reshape",
 ]

@@ -1,14 +1,22 @@
-"""Ownership under reshape, worked out within the smallest group of dimensions that contains the divided one."""
+"""Reshapes: ownership is worked out within the smallest group of dimensions that contains the divided one, and checked
+against the reshape of each rank's part."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
-from tensor_parallel.planner.engine import Engine
+from tensor_parallel.planner import runtime
+from tensor_parallel.planner.engine import Call, Engine, Sym, Value
 from tensor_parallel.planner.export import Shapes
-from tensor_parallel.planner.placement import Owners, Sharded, Unproven, pattern, positions
+from tensor_parallel.planner.placement import Owners, Sharded, Undecided, Unproven, counts, pattern, positions
+from tensor_parallel.planner.program import PerRank
+from tensor_parallel.planner.rules.registry import rule
+
+aten = torch.ops.aten
 
 Group = tuple[int, int, int, int]
 _LIMIT = 1 << 24
@@ -84,3 +92,58 @@ def _check(
         want = moved.take(positions(new_owner, rank), axis=new_dim)
         if part.size != want.size or not np.array_equal(part.reshape(want.shape), want):
             raise Unproven("the local reshape gives other elements")
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+def reshape(e: Engine, call: Call) -> Any:
+    value = call.value("self")
+    if isinstance(call["dtype"] if any(a.name == "dtype" for a in call.arguments) else None, torch.dtype):
+        raise Unproven("reinterprets bytes")
+    place = e.place(value)
+    if isinstance(place, Undecided):
+        e.settle_for_reshape(value)
+        return e.visit_again(call)
+    assert isinstance(place, Sharded)
+    dim, owners = reshape_owners(e, place, value.shapes, call.shapes)
+    if e.solving:
+        return e.result(call, None, Sharded(dim, owners, place.origin))
+    result = e.result(call, _emit_reshape(e, call, value, dim, owners), Sharded(dim, owners, place.origin))
+    result.weight = value.weight
+    return result
+
+
+def _emit_reshape(e: Engine, call: Call, value: Value, dim: int, owners: Owners) -> Any:
+    """The local reshape: the divided dimension's size is this rank's, or inferred where it scales with a free one."""
+    if call.name == "flatten":
+        return e.replay(call)
+    start, name = 0, "shape" if any(a.name == "shape" for a in call.arguments) else "size"
+    if call.name == "unflatten":
+        start, name = call.dim("dim", value.ndim), "sizes"
+    sizes = _sizes_of(e, call, dim) if call.name in ("view_as", "reshape_as") else list(call[name])
+    at = dim - start
+    if 0 <= at < len(sizes):
+        if all(o is owners[0] or np.array_equal(o, owners[0]) for o in owners):
+            sizes[at] = PerRank(counts(owners[0], e.ranks))
+        elif isinstance(sizes[at], Sym):
+            described = pattern(owners)
+            assert described is not None, "checked when the owners were worked out"
+            sizes[at] = e.emit(runtime.share, sizes[at], PerRank(counts(described.base, e.ranks)), len(described.base))
+    if call.name == "unflatten":
+        return e.replay(call, sizes=sizes)
+    return e.emit(aten.reshape.default, value, sizes)
+
+
+def _sizes_of(e: Engine, call: Call, dim: int) -> list[Any]:
+    """The global sizes of the tensor whose shape is taken; those of free dimensions are read from it when it runs."""
+    other = call.value("other")
+    fake: Any = call.node.meta["val"]
+    sizes: list[Any] = []
+    for d, size in enumerate(fake.shape):
+        if isinstance(size, int):
+            sizes.append(size)
+            continue
+        if e.is_sharded(other, d):
+            raise Unproven("a free size taken from a divided dimension")
+        values = tuple(shape[d] for shape in call.shapes)
+        sizes.append(Sym(e.emit(aten.sym_size.int, other, d), values))
+    return sizes
