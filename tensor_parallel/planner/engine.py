@@ -50,6 +50,7 @@ class Value:
     entered: Ref | None = None
     redo: tuple[Value, Call, int | None] | None = None  # the pending sum this one rearranges, how, and which result
     parts: list[tuple[int, Owners, Ref | None]] = field(default_factory=list)  # local parts already taken
+    factors: tuple[Value, Value] | None = None  # this value is their product: a divided one, a whole scale per row
 
     @property
     def ndim(self) -> int:

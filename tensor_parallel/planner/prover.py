@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from tensor_parallel.planner import runtime
-from tensor_parallel.planner.engine import PARTIAL, REPLICATED, Engine, Gathered, Sym, Value, map_values
+from tensor_parallel.planner.engine import PARTIAL, REPLICATED, Call, Engine, Gathered, Sym, Value, map_values
 from tensor_parallel.planner.export import Traced
+from tensor_parallel.planner.merge import Payload, merge_all_reduces
 from tensor_parallel.planner.placement import (
     Owners,
     Partial,
     Pattern,
+    Place,
     Sharded,
     Unproven,
     counts,
@@ -65,6 +67,7 @@ class Prover(Engine):
         self.program = Program(ranks)
         self.sizes: dict[int, tuple[str, int, str, frozenset[str]]] = {}
         self.output_values: list[Any] = []
+        self.pending: dict[int, tuple[int, torch.dtype]] = {}  # pending sums: bytes and type
 
     # ------------------------------------------------------------------ begin and end
     def begin(self) -> None:
@@ -138,7 +141,24 @@ class Prover(Engine):
             assert ref is not None
             self.program.updates[name] = ref
         prune(self.program)
+        self._merge()
         return outputs
+
+    def _merge(self) -> None:
+        """Do all-reduces together that need not wait for one another."""
+        payloads = {
+            step.out: Payload(nbytes, self.pending[step.args[0].id][1], where, origin)
+            for step in self.program.steps
+            if step.out in self.sizes
+            for kind, nbytes, where, origin in (self.sizes[step.out],)
+            if kind == "all_reduce"
+        }
+        if len(payloads) > 1:
+            merged = merge_all_reduces(self.program, self.pending, payloads)
+            for number in payloads:
+                self.sizes.pop(number, None)
+            for number, p in merged.items():
+                self.sizes[number] = ("all_reduce", p.nbytes, p.where, p.origin)
 
     def communications(self) -> list[Communication]:
         """The collectives that remain in the program, in order."""
@@ -193,6 +213,12 @@ class Prover(Engine):
         )
         return Ref(out)
 
+    def result(self, call: Call, ref: Ref | None, place: Place, index: int | None = None) -> Value:
+        value = super().result(call, ref, place, index)
+        if isinstance(place, Partial) and ref is not None:
+            self.pending[ref.id] = (value.nbytes, value.dtype)
+        return value
+
     def full(self, value: Value, why: str) -> Value:
         if value.whole is not None:
             return value.whole
@@ -218,6 +244,8 @@ class Prover(Engine):
             return Value(ref, REPLICATED, value.shapes, value.dtype, value.grad)
         ref = self.emit(runtime.AllReduce(), value)
         assert isinstance(value.place, Partial)
+        assert value.ref is not None
+        self.pending[value.ref.id] = (value.nbytes, value.dtype)
         self._note("all_reduce", ref, value, value.place.origin)
         return Value(ref, REPLICATED, value.shapes, value.dtype, value.grad)
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tensor_parallel import collectives
 from tensor_parallel.group import Group
+from tensor_parallel.planner.program import Step
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,17 @@ def share(size: int, count: int, base: int) -> int:
     return size // base * count
 
 
+def pack(values: Sequence[Tensor]) -> Tensor:
+    """Several pending sums as one payload."""
+    return torch.cat([value.reshape(-1) for value in values])
+
+
+def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a payload that :func:`pack` made of tensors ``like`` these."""
+    parts = packed.split([value.numel() for value in like])
+    return [part.view(value.shape) for part, value in zip(parts, like, strict=True)]
+
+
 def lookup_rows(weight: Tensor, ids: Tensor, starts: tuple[tuple[int, int, int], ...], size: int) -> Tensor:
     """Rows of a table of ``size`` rows divided by rows: zeros for the rows that other ranks hold.
 
@@ -224,6 +236,20 @@ def with_rank_seed(op: Any, rank: int, *args: Any, **kwargs: Any) -> Any:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed((seed + 0x9E3779B9 * (rank + 1)) % 2**63)
         return op(*args, **kwargs)
+
+
+def is_random(step: Step) -> bool:
+    """Whether a step draws from the generator that all ranks advance alike."""
+    if step.fn is with_rank_seed:
+        return True
+    op: Any = step.fn
+    if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):
+        return False
+    names = [argument.name for argument in op._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    at = names.index("dropout_p")
+    return bool(step.args[at] if at < len(step.args) else step.kwargs.get("dropout_p", 0.0))
 
 
 def normalize_rms(value: Tensor, sums: Tensor, count: int, eps: float) -> Tensor:

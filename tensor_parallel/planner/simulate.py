@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tensor_parallel.planner.program import PerRank, Program, Step, map_refs
+from tensor_parallel.planner.runtime import is_random
 
 Values = dict[int, list[Any]]
 """Per reference, every rank's value."""
@@ -37,8 +38,11 @@ def execute(step: Step, values: Values, ranks: int) -> None:
         values[step.out] = step.fn.simulate(values[source.id])
         return
     results = []
+    generator = torch.get_rng_state() if is_random(step) else None
     for rank in range(ranks):
         args, kwargs = local_arguments(step, values, rank)
+        if generator is not None:
+            torch.set_rng_state(generator)  # every rank's is in the same state
         results.append(step.fn(*args, **kwargs))
     values[step.out] = results
 

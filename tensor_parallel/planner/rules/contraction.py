@@ -70,6 +70,8 @@ def contract(
             part = e.enter(e.whole_now(value))
         return _gathered(e, operands, e.result(call, with_bias(refs, part), place))
     ref = product(refs)
+    if not e.solving:
+        ref = _scaled_after(e, call, operands, out, refs, product, ref)
     if bias is not None:
         ref = _add_bias(e, ref, *bias, out, bias_scale)
     return e.result(call, ref, Partial(origin) if avoidable else PARTIAL)
@@ -91,6 +93,30 @@ def _indices(held: NDArray[np.int64]) -> range | tuple[int, ...]:
     found = tuple(held.tolist())
     run = range(found[0], found[-1] + 1) if found else range(0)
     return run if len(run) == len(found) else found
+
+
+def _scaled_after(
+    e: Engine,
+    call: Call,
+    operands: Sequence[Operand],
+    out: Letters,
+    refs: Sequence[Ref | None],
+    product: Emit,
+    ref: Ref | None,
+) -> Ref | None:
+    """A product over a divided letter whose first operand is scaled by row: scaled afterwards instead.
+
+    The sum then need not wait for the scale, which is itself a sum over ranks where a normalisation runs over a
+    divided dimension: both travel together.
+    """
+    value, letters = operands[0]
+    if value.factors is None or letters[:-1] != out[:-1] or len(operands) != 2:
+        return ref
+    base, scale = value.factors
+    summed = e.result(call, product([base.ref, *refs[1:]]), PARTIAL)
+    if scale.dtype != summed.dtype or scale.ndim != summed.ndim:
+        return ref
+    return e.result(call, e.emit(aten.mul.Tensor, summed, e.enter(scale)), PARTIAL).ref
 
 
 def _gathered(e: Engine, operands: Sequence[Operand], result: Value) -> Value:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tensor_parallel.planner.engine import Call, Engine, Value
-from tensor_parallel.planner.placement import Partial, Sharded, Undecided, Unproven
+from tensor_parallel.planner.placement import Partial, Replicated, Sharded, Undecided, Unproven
 from tensor_parallel.planner.rules.registry import rule
 
 UNARY = [
@@ -202,7 +204,35 @@ def elementwise(e: Engine, call: Call) -> Any:
         refs[id(value)], owners, origin = _align(e, value, negative, owners, origin, call)
     ref = e.replay_with(call, refs)
     ndim = len(call.shapes[0])
-    return e.result(call, ref, Sharded(ndim + negative, owners, origin))
+    result = e.result(call, ref, Sharded(ndim + negative, owners, origin))
+    if not e.solving and result.dtype in (torch.float64, torch.float32, torch.bfloat16):  # float16 would overflow
+        _factor(e, call, result, lead, refs)
+    return result
+
+
+def _factor(e: Engine, call: Call, result: Value, lead: Value, refs: dict[int, Any]) -> None:
+    """Note a product whose other factor is one whole number per row: what is linear in it may be scaled afterwards."""
+    values = call.values()
+    factored = [v for v in values if v.factors is not None]
+    if call.name in ("mul", "multiply") and len(values) == 2 and not factored:
+        other = next(v for v in values if v is not lead) if values[0] is not values[1] else lead
+        dim = other.ndim + e.sharded(result).dim - result.ndim
+        whole = other if other.whole is None else other.whole
+        if (
+            other is not lead
+            and isinstance(e.place(whole), Replicated)
+            and lead.dtype == result.dtype == other.dtype
+            and lead.shapes == result.shapes
+            and (dim >= 0 and other.ndim > 1 and all(shape[dim] == 1 for shape in other.shapes))
+        ):
+            result.factors = (lead, whole)
+    elif len(factored) == 1 and call.name in ("mul", "multiply", "to", "_to_copy", "clone", "contiguous"):
+        value = factored[0]
+        assert value.factors is not None
+        base, scale = value.factors
+        if base.shapes == result.shapes and values.count(value) == 1:
+            ref = e.replay_with(call, {**refs, id(value): base.ref})
+            result.factors = (e.result(call, ref, e.sharded(result)), scale)
 
 
 _LINEAR_UNARY = ("clone", "contiguous", "to", "_to_copy", "alias", "detach", "neg", "mul", "div", "lift_fresh_copy")
