@@ -63,8 +63,8 @@ def search(
     improved = True
     while improved and budget > 0:
         improved = False
-        for group, mode in _moves(best, tensors, classes, ranks):
-            modes = {**best.modes, **dict.fromkeys(classes[group], mode)}
+        for groups, mode in _moves(best, tensors, classes, ranks):
+            modes = {**best.modes, **{name: mode for group in groups for name in classes[group]}}
             key = tuple(sorted(modes.items()))
             if key in seen:
                 continue
@@ -75,7 +75,7 @@ def search(
             except PlanError:
                 continue
             if found.score < best.score - 1e-9:
-                log.debug("%s %s: %.4f -> %.4f", mode, group[0], best.score, found.score)
+                log.debug("%s %s: %.4f -> %.4f", mode, [g[0] for g in groups], best.score, found.score)
                 best, improved = found, True
             if budget <= 0:
                 break
@@ -144,27 +144,35 @@ def _class(name: str, shape: tuple[int, ...]) -> Class:
 
 def _moves(
     best: Candidate, tensors: Tensors, classes: Mapping[Class, list[str]], ranks: int
-) -> list[tuple[Class, str]]:
-    """Changes worth trying, the most promising first."""
+) -> list[tuple[tuple[Class, ...], str]]:
+    """Changes worth trying, the most promising first: of one class of weights, then of all behind a collective."""
     blame: dict[Class, int] = defaultdict(int)
+    together: dict[tuple[Class, ...], None] = {}
     for item in best.communications:
-        for name in item.origin:
-            if tensors.stored[name].is_parameter:
-                blame[_class(name, tensors.shape(name))] += item.nbytes + 1
-    moves: list[tuple[Class, str]] = []
+        behind = {_class(n, tensors.shape(n)) for n in item.origin if tensors.stored[n].is_parameter}
+        for group in behind:
+            blame[group] += item.nbytes + 1
+        if len(behind) > 1:
+            together[tuple(sorted(behind))] = None
+    moves: list[tuple[tuple[Class, ...], str]] = []
     for group in sorted(blame, key=lambda g: (-blame[g], g)):
-        moves.extend((group, mode) for mode in ("gather", "rep", "in") if best.modes.get(classes[group][0]) != mode)
+        modes = [mode for mode in ("gather", "rep", "in") if best.modes.get(classes[group][0]) != mode]
+        moves.extend(((group,), mode) for mode in modes)
         if best.modes.get(classes[group][0]) in ("in", "gather"):
-            moves.append((group, "auto"))
+            moves.append(((group,), "auto"))
+    moves.extend((groups, "rep") for groups in together)
+    changed = tuple(g for g in sorted(classes) if best.modes.get(classes[g][0]) in ("in", "gather"))
+    if len(changed) > 1:
+        moves.append((changed, "auto"))
     whole: dict[Class, int] = defaultdict(int)
     for name, stored in tensors.stored.items():
         if stored.is_parameter and name not in best.divisions:
             whole[_class(name, stored.shape)] += stored.nbytes
     for group in sorted(whole, key=lambda g: (-whole[g], g)):
         if whole[group] >= _LARGE * tensors.total_bytes and max(group[1], default=0) >= ranks:
-            moves.append((group, "store"))
+            moves.append(((group,), "store"))
             if best.modes.get(classes[group][0], "auto") != "auto":
-                moves.append((group, "auto"))
+                moves.append(((group,), "auto"))
     return moves
 
 

@@ -76,7 +76,20 @@ class Solver(Engine):
                 dim = max(range(len(shape)), key=lambda d: (shape[d], -d))
                 if shape[dim] >= self.ranks:
                     result[name] = self._even(name, dim)
-        return result | {name: self._even(name, 0) for name in self._addends}
+        return result | {name: self._even(name, 0) for name in self._addends} | self._unread()
+
+    def _unread(self) -> dict[str, Division]:
+        """Tensors that the computation never reads (another task's head) cost nothing to hold divided."""
+        read = {self.tensors.canonical(n) for n, (node, _) in self.traced.states.items() if node.users}
+        updated = {self.tensors.canonical(name) for name in self.traced.updates}
+        result: dict[str, Division] = {}
+        for name, stored in self.tensors.stored.items():
+            if name in read or name in updated or stored.nbytes < _WORTH * self.tensors.total_bytes:
+                continue
+            dim = max(range(len(stored.shape)), key=lambda d: (stored.shape[d], -d), default=None)
+            if dim is not None and stored.shape[dim] >= self.ranks:
+                result[name] = self._even(name, dim)
+        return result
 
     def _even(self, name: str, dim: int) -> Division:
         sizes = split_sizes(self.tensors.shape(name)[dim], self.ranks)

@@ -188,6 +188,8 @@ STAYS: dict[str, tuple[Callable[..., Any], list[Any], dict[int, int]]] = {
     "unbind elsewhere": (lambda a: a.unbind(2), [X], {0: 3}),
     "cat elsewhere": (lambda a, b: torch.cat([a, b], 2), [X, Y], {0: 3, 1: 3}),
     "cat with whole": (lambda a, b: torch.cat([a, b], 2), [X, Y], {0: 3}),
+    "cat with an empty vector": (lambda a, b: torch.cat([torch.zeros(0), a, b], -2), [X, Y], {0: 3, 1: 3}),
+    "cat along with an empty vector": (lambda a: torch.cat([torch.zeros(0), a], -1), [X], {0: 3}),
     "cat along": (lambda a, b: torch.cat([a, b], 3), [X, Y], {0: 3, 1: 3}),
     "stack": (lambda a, b: torch.stack([a, b], 1), [X, Y], {0: 2, 1: 2}),
     "stack behind": (lambda a, b: torch.stack([a, b], -1), [X, Y], {0: 2, 1: 2}),

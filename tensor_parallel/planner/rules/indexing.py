@@ -19,6 +19,7 @@ aten = torch.ops.aten
 def embedding(e: Engine, call: Call) -> Any:
     """Rows of a table. By rows: other ranks' rows are zero, a pending sum; by columns: each rank its own features."""
     table, ids = call.value("weight"), call.value("indices")
+    e.commit_whole(ids)
     if not isinstance(e.place(ids), Replicated) and ids.whole is None:
         raise Unproven("ids are divided")
     place = e.place(table)
@@ -57,6 +58,8 @@ def index(e: Engine, call: Call) -> Any:
     value = call.value("self")
     indices: list[Any] = list(call["indices"])
     for item in indices:
+        if isinstance(item, Value):
+            e.commit_whole(item)
         if isinstance(item, Value) and not isinstance(e.place(item), Replicated) and item.whole is None:
             raise Unproven("an index is divided")
         if isinstance(item, Value) and item.dtype == torch.bool:
@@ -83,6 +86,7 @@ def index_select(e: Engine, call: Call) -> Any:
     value = call.value("self")
     dim = call.dim("dim", value.ndim)
     place = e.place(value)
+    e.commit_whole(call.value("index"))
     if not isinstance(e.place(call.value("index")), Replicated):
         raise Unproven("the index is divided")
     if isinstance(place, Undecided):

@@ -187,8 +187,9 @@ def _lead_of_write(e: Engine, values: list[Value]) -> Value:
 # ------------------------------------------------------------------------------------------------------ joining
 @rule("cat", "concat", "concatenate")
 def cat(e: Engine, call: Call) -> Any:
-    values: list[Value] = list(call["tensors"])
     ndim = len(call.shapes[0])
+    # An empty vector may be joined to tensors of any shape (an empty cache).
+    values = [v for v in call["tensors"] if ndim == 1 or any(shape != (0,) for shape in v.shapes)]
     dim = call["dim"] % ndim
     divided = [v for v in values if e.is_sharded(v)]
     if not divided:
@@ -205,7 +206,7 @@ def cat(e: Engine, call: Call) -> Any:
         if not e.solving and pattern(owners) is None:
             raise Unproven("joins pieces of free size")
         origin = frozenset().union(*(e.sharded(v).origin for v in values))
-        return e.result(call, e.replay(call), Sharded(dim, owners, origin))
+        return e.result(call, e.replay(call, tensors=values), Sharded(dim, owners, origin))
     refs, owners, origin = e.alike(values, lead, place.dim)
     return e.result(call, e.replay(call, tensors=refs), Sharded(place.dim, owners, origin))
 
