@@ -8,6 +8,7 @@ from typing import Protocol
 
 import grpc
 
+from coordinator.aio_status import FirstStatus
 from coordinator.arena import Lease
 from coordinator.commands import Answer, Command, ResponseReader, failed, frames
 from protos.tensor_parallel.v1 import shard_pb2 as pb
@@ -79,10 +80,12 @@ class StreamChannel:
         self._waiting: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self._closed = False
+        self._said_broken = False
         opening = pb.ChannelRequest(generation=generation, open=pb.OpenChannel(owner=owner))
         self._waiting.append(opening.SerializeToString())
         self._wake.set()
         self._call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(EXECUTE)(metadata=metadata)
+        self._status = FirstStatus(self._call)
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 
     def send(self, dispatch: Dispatch) -> None:
@@ -112,14 +115,14 @@ class StreamChannel:
                 response = reader.read(raw)
                 if response is not None and response.generation == self._generation:
                     self._take(response, reader)
-            code, details = await self._call.code(), await self._call.details() or ""
+            code, details = self._status.of(await self._call.code(), await self._call.details())
         except grpc.RpcError as error:
-            code, details = error.code(), error.details() or ""
+            code, details = self._status.of(error.code(), error.details())
         except ValueError as error:
             code, details = grpc.StatusCode.INTERNAL, f"it sent what is no response: {error}"
         if self._closed:
             return
-        if code is grpc.StatusCode.OK:
+        if self._said_broken or code is grpc.StatusCode.OK:
             self._listener.broken(self._rank, "it closed its channel")
         else:
             self._listener.disconnected(self._rank, details or code.name)
@@ -133,6 +136,7 @@ class StreamChannel:
             case "failure":
                 self._listener.answered(self._rank, response.seq, failed(response.failure))
             case "broken":
+                self._said_broken = True
                 self._listener.broken(self._rank, response.broken.reason)
             case other:
                 raise ValueError(f"a response with {other or 'nothing'} in it")

@@ -39,6 +39,7 @@ class Standing:
     owner: str
     lease_seconds: float
     last_error: str
+    """With the time when it happened: it may be long over."""
 
 
 class Generations:
@@ -111,7 +112,7 @@ class Generations:
             if (self._state, self._generation) != (State.FENCED, generation):
                 return
             self._state = State.BROKEN
-            self._last_error = reason
+            self._last_error = _dated(reason)
         self._changed()
 
     def running(self, generation: int, owner: str) -> Session:
@@ -130,7 +131,7 @@ class Generations:
             if self._session is not session or self._state is not State.READY:
                 return
             self._state = State.BROKEN
-            self._last_error = reason
+            self._last_error = _dated(reason)
         self._changed()
 
     def orphaned(self, session: Session) -> None:
@@ -147,7 +148,7 @@ class Generations:
     def note(self, error: str) -> None:
         """Remember the last thing that went wrong, for whoever asks for the status."""
         with self._lock:
-            self._last_error = error
+            self._last_error = _dated(error)
 
     def _lease(self, owner: str, seconds: float) -> None:
         self._owner = owner
@@ -173,3 +174,7 @@ class Generations:
     def _standing(self) -> Standing:
         left = max(0.0, self._expires - self._clock())
         return Standing(self._state, self._generation, self._highest, self._live_owner(), left, self._last_error)
+
+
+def _dated(error: str) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {error}"

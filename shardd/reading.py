@@ -62,7 +62,8 @@ class Reader:
             rank=self._group.rank,
             device=self._device,
             group=self._group,
-            options={"verify": verify},
+            # What the survivors hold was verified when they loaded it.
+            options={"verify": verify, "known_plan": request.expected_plan_digest},
             progress=lambda done, total: report("reading", done, total),
             cancelled=cancelled,
         )

@@ -31,23 +31,24 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ServingOptions:
     """``verify``: compare a sharded replica with the unsharded model when planning; where there is no graph to compare,
-    see that the model runs at all. ``threads``: of the reader.
+    see that the model runs at all. ``known_plan``: digest of a plan for which that was done. ``threads``: of the reader.
     """
 
     verify: bool = True
+    known_plan: str = ""
     threads: int | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> ServingOptions:
         """From a plain mapping. Raises :class:`InvalidInput` naming what is unknown or malformed."""
-        if unknown := sorted(map(str, set(options) - {"verify", "threads"})):
+        if unknown := sorted(map(str, set(options) - {"verify", "known_plan", "threads"})):
             raise InvalidInput(f"unknown serving option {', '.join(unknown)}")
         verify, threads = options.get("verify", True), options.get("threads")
         if not isinstance(verify, bool):
             raise InvalidInput("option verify must be true or false")
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 64):
             raise InvalidInput("option threads must be from 1 to 64")
-        return cls(verify, threads)
+        return cls(verify, str(options.get("known_plan", "")), threads)
 
 
 @dataclass
@@ -180,7 +181,7 @@ def load_model(
         return parts.pop(name)
 
     module = instantiate(plan, model, rank=rank, group=group, read=read, device=device)
-    if parsed.verify and plan.mode == "modules":
+    if parsed.verify and plan.mode == "modules" and plan.digest() != parsed.known_plan:
         _stop_if(stop)
         _rehearse(module, source, device)
     checker = RequestChecker(plan.inputs, source.constraints(), source.default_inputs())
@@ -193,7 +194,8 @@ def _planned(
     make_plan: Callable[..., Plan], model: nn.Module, source: Source, world_size: int, options: ServingOptions
 ) -> Plan:
     try:
-        return make_plan(model, source.example_inputs(), world_size, gather_outputs=False, verify=options.verify)
+        check = {"verify": options.verify, "known": options.known_plan}
+        return make_plan(model, source.example_inputs(), world_size, gather_outputs=False, **check)
     except TensorParallelError:
         raise
     except Exception as error:  # tracing runs the model's own code, which raises anything for inputs it does not take

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,13 +55,15 @@ def make_plan(
     gather_outputs: bool = True,
     sequence_parallel: bool = False,
     verify: bool = True,
+    known: str = "",
     network: Network | None = None,
 ) -> Plan:
     """Plan ``model`` (whose parameters may be meta tensors, with real buffers) for ``world_size`` ranks.
 
     Every rank makes the same plan alone. A model that does not export, or whose plan fails verification, gets the
     fallback plan
-    (``mode == "modules"``), with the reason in ``notes``.
+    (``mode == "modules"``), with the reason in ``notes``. ``known`` is the digest of a plan that has been verified: one
+    equal to it is not verified again.
     """
     twin = as_skeleton(model)
     twin.train(training)
@@ -71,6 +74,7 @@ def make_plan(
         gather_outputs=gather_outputs,
         sequence_parallel=sequence_parallel,
         check=verify,
+        known=known,
         network=network,
     )
 
@@ -89,6 +93,7 @@ def plan_skeleton(
     gather_outputs: bool = True,
     sequence_parallel: bool = False,
     check: bool = True,
+    known: str = "",
     network: Network | None = None,
     fixed: Mapping[str, Shard] | None = None,
 ) -> Plan:
@@ -109,6 +114,7 @@ def plan_skeleton(
             world_size,
             gather_outputs=gather_outputs,
             check=check,
+            known=known,
             network=network or Network(),
             fixed=fixed,
         )
@@ -131,6 +137,7 @@ def plan_traced(
     *,
     gather_outputs: bool,
     check: bool,
+    known: str,
     network: Network,
     fixed: Mapping[str, Shard] | None,
 ) -> Plan:
@@ -141,13 +148,10 @@ def plan_traced(
         best = searching.fixed(traced, tensors, world_size, network, _divisions(fixed, tensors), gather_outputs)
     prover = best.prover
     shards = _shards(tensors, best.divisions, world_size)
-    verified = "no"
-    if check:
-        verified = _verify(twin, prover, traced, tensors, shards)
     names = specs.input_names(twin, traced.in_spec)
     input_specs = specs.input_specs(names, traced)
     output_specs = specs.output_specs(specs.output_names(traced.out_spec), traced, prover.output_values, world_size)
-    return Plan(
+    plan = Plan(
         world_size=world_size,
         mode="graph",
         shards=shards,
@@ -161,9 +165,13 @@ def plan_traced(
         program=program_digest(prover.program),
         decisions={**best.modes, **best.forced},
         training=twin.training,
-        verified=verified,
         artifact=Compiled(traced, prover.program, names, _shapes(traced)),
     )
+    if not check:
+        return plan
+    if known and plan.digest() == known:
+        return replace(plan, verified="by its peers")
+    return replace(plan, verified=_verify(twin, prover, traced, tensors, shards))
 
 
 def _verify(twin: nn.Module, prover: Prover, traced: Traced, tensors: Tensors, shards: Mapping[str, Shard]) -> str:

@@ -125,6 +125,23 @@ def test_a_model_that_always_raises_is_not_loaded() -> None:
     assert [model.plan.mode for model in on_each_rank(picky, options={"verify": False})] == ["modules", "modules"]
 
 
+def test_a_known_plan_is_neither_verified_nor_tried_again(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = load(open_source(archive)), load(picky(fits=True))
+    assert (first.plan.verified, other.plan.mode) == ("whole model", "modules")
+
+    def fail(*_: object) -> None:
+        raise AssertionError("checked again")
+
+    monkeypatch.setattr("tensor_parallel.planner.verify.verify", fail)
+    monkeypatch.setattr(serving, "_rehearse", fail)
+    again = load(open_source(archive), options={"known_plan": first.plan_digest})
+    assert (again.plan.verified, again.plan_digest) == ("by its peers", first.plan_digest)
+    assert load(picky(fits=True), options={"known_plan": other.plan_digest}).plan_digest == other.plan_digest
+    for source in (open_source(archive), picky(fits=True)):
+        with pytest.raises((AssertionError, PlanError), match="checked again"):
+            load(source, options={"known_plan": "of another plan"})
+
+
 def test_it_is_tried_with_the_inputs_that_the_user_describes() -> None:
     fives = [{"name": "x", "dtype": "int64", "shape": [None, 16], "low": 5, "high": 6}]
     with pytest.raises(InvalidInput, match="forward raised RuntimeError"):  # fives, but no floating point numbers

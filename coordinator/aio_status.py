@@ -23,6 +23,11 @@ class FirstStatus:
         self._seen: AioRpcError | None = None
         call.add_done_callback(self._done)
 
+    def of(self, code: grpc.StatusCode, details: str | None) -> tuple[grpc.StatusCode, str]:
+        """Code and details of the call, which gives these."""
+        shown = self.instead_of(AioRpcError(code, Metadata(), Metadata(), details))
+        return shown.code(), shown.details() or ""
+
     def instead_of(self, error: AioRpcError) -> AioRpcError:
         """What to raise for what the call raised."""
         if error.code() is not grpc.StatusCode.INTERNAL or error.details() != _OVERWRITTEN:
