@@ -15,12 +15,13 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from coordinator.admission import Admission
 from coordinator.catalog import ModelVersion
 from coordinator.errors import DeadlineExceeded, ResourceExhausted, ServiceError
 from coordinator.types import InferRequest, InferResult, Timings
 
 DEFAULT_PRIORITY = 100
-RETRY_MS = 20
+RETRY_FIRST, RETRY_MOST = 20, 5000  # milliseconds
 
 
 @dataclass(slots=True, eq=False)
@@ -51,8 +52,8 @@ class Pipeline(Protocol):
     def free(self) -> int:
         """Commands that may be dispatched now; 0 or less while the pipeline is full, or there is no generation."""
 
-    def idle(self) -> bool:
-        """Nothing is at the ranks."""
+    def running(self) -> int:
+        """Commands at the ranks."""
 
     def dispatch(self, batch: list[Ticket]) -> None:
         """Must not fail: it answers the tickets' futures whatever happens."""
@@ -61,25 +62,31 @@ class Pipeline(Protocol):
 class Queue:
     """Everything that was accepted and not dispatched."""
 
-    def __init__(self, limit: int, pipeline: Pipeline) -> None:
-        self._limit = limit
+    def __init__(self, admission: Admission, pipeline: Pipeline) -> None:
+        self._admission = admission
         self._pipeline = pipeline
         self._loop = asyncio.get_running_loop()
         self._heap: list[Ticket] = []
         self._lanes: dict[Hashable, list[Ticket]] = {}
+        self._rows: dict[Hashable, int] = {}
+        self._batches = 0
         self._arrivals = 0
         self._timer: asyncio.TimerHandle | None = None
         self.depth = 0
 
     def submit(self, ticket: Ticket) -> None:
-        """Raises ResourceExhausted when the queue is full. The ticket's future is answered sooner or later."""
-        if self.depth >= self._limit:
-            raise ResourceExhausted(f"the queue is full ({self._limit} requests wait)", retry_after_ms=RETRY_MS)
+        """Raises ResourceExhausted when too many wait. The ticket's future is answered sooner or later."""
+        batches = self._batches + self._change(ticket, 1)
+        if not self._admission.admits(self.depth + 1, batches, self._pipeline.running(), self._loop.time()):
+            if self._admission.excessive(batches):
+                self._shed()
+            raise self._full()
         self._arrivals += 1
         ticket.order = (ticket.request.priority or DEFAULT_PRIORITY, self._arrivals)
         heapq.heappush(self._heap, ticket)
         if ticket.key is not None:
             bisect.insort(self._lanes.setdefault(ticket.key, []), ticket)
+        self._count(ticket, 1)
         self.depth += 1
         ticket.future.add_done_callback(lambda _: self._answered(ticket))
         self.pump()
@@ -99,6 +106,33 @@ class Queue:
             self._remove(ticket)
         self._heap.clear()
 
+    def _shed(self) -> None:
+        """Refuses those whose turn would come too late, the last first."""
+        for ticket in sorted((ticket for ticket in self._heap if ticket.waiting), reverse=True):
+            if self._admission.fits(self._batches, self._pipeline.running()):
+                return
+            ticket.future.set_exception(self._full())
+            self._remove(ticket)
+
+    def _full(self) -> ResourceExhausted:
+        seconds = self._admission.wait(self._batches, self._pipeline.running())
+        message = f"the queue is full ({self.depth} requests wait, for {seconds:.2g} s of work)"
+        return ResourceExhausted(message, retry_after_ms=round(min(max(1e3 * seconds, RETRY_FIRST), RETRY_MOST)))
+
+    def _change(self, ticket: Ticket, sign: int) -> int:
+        """How many batches more (``sign`` 1) or less (-1) it takes with the ticket; a large one is one by itself."""
+        if ticket.key is None:
+            return sign
+        rows, most = self._rows.get(ticket.key, 0), _limits(ticket.entry)[0]
+        return -(-(rows + sign * min(ticket.rows, most)) // most) - -(-rows // most)
+
+    def _count(self, ticket: Ticket, sign: int) -> None:
+        self._batches += self._change(ticket, sign)
+        if ticket.key is not None:
+            left = self._rows.pop(ticket.key, 0) + sign * min(ticket.rows, _limits(ticket.entry)[0])
+            if left:
+                self._rows[ticket.key] = left
+
     def _head(self) -> Ticket | None:
         while self._heap and not self._live(self._heap[0]):
             heapq.heappop(self._heap)
@@ -114,7 +148,7 @@ class Queue:
 
     def _may_grow(self, head: Ticket) -> bool:
         """Whether the batch of ``head`` should wait for more; arms the timer that ends the wait."""
-        if head.key is None or self._pipeline.idle():
+        if head.key is None or not self._pipeline.running():
             return False
         most, delay = _limits(head.entry)
         left = head.queued + delay - self._loop.time()
@@ -148,6 +182,7 @@ class Queue:
     def _remove(self, ticket: Ticket) -> None:
         ticket.left = True
         self.depth -= 1
+        self._count(ticket, -1)
         if ticket.key is not None:
             lane = self._lanes[ticket.key]
             del lane[bisect.bisect_left(lane, ticket)]

@@ -43,6 +43,7 @@ class Config:
     state_dir: Path | None = None
     loads: tuple[tuple[str, str], ...] = ()
     queue_size: int = 256
+    overload_factor: float = 2.5
     max_message_bytes: int = MAX_MESSAGE
     heartbeat: float = 0.25
     heartbeat_timeout: float = 1.0
@@ -166,6 +167,12 @@ _OPTIONS = (
     _Option("state-dir", "directory of the desired-state file (default: memory only)", Path),
     _Option("load", "NAME=PATH to serve from the start; repeatable", _assignment, repeat=True),
     _Option("queue-size", "requests that may wait", _number(int, 1, 1_000_000), default=256),
+    _Option(
+        "overload-factor",
+        "under overload, refuse who would wait for more than so many times the usual latency; 0: only by queue-size",
+        _number(float, 0, 1000),
+        default=2.5,
+    ),
     _Option("max-message-bytes", "largest message", _number(int, 1024, MAX_MESSAGE), default=MAX_MESSAGE),
     _Option("heartbeat-ms", "between heartbeats", _number(float, 10, 60_000), default=250.0),
     _Option("heartbeat-timeout-ms", "after which a rank is lost", _number(float, 50, 600_000), default=1000.0),
@@ -254,6 +261,7 @@ def _build(values: dict[str, Any]) -> Config:
         state_dir=values["state_dir"],
         loads=tuple(values["load"]),
         queue_size=values["queue_size"],
+        overload_factor=values["overload_factor"],
         max_message_bytes=values["max_message_bytes"],
         heartbeat=values["heartbeat_ms"] / 1e3,
         heartbeat_timeout=values["heartbeat_timeout_ms"] / 1e3,

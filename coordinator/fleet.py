@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -122,6 +122,12 @@ class Fleet:
             return self.reason
         lost = [f"rank {rank.index} does not answer ({rank.error})" for rank in self.ranks if not rank.alive]
         return "; ".join(lost) or self.reason
+
+    def behind(self, ranks: Sequence[int]) -> list[int]:
+        """Those of ``ranks``, which owe an answer, that the others wait for, as far as heartbeats have told."""
+        begun = {index: status.collectives for index in ranks if (status := self.ranks[index].status) is not None}
+        fewest = min(begun.values(), default=0)
+        return [index for index in ranks if begun.get(index, fewest) == fewest]
 
     async def refresh(self) -> None:
         """Asks every rank for its status now, so that health tells what a change has just made true."""
@@ -279,9 +285,9 @@ class Fleet:
         quiet = [self.ranks[i] for i in missing]
         if all(r.status is not None and r.status.since_collective_milliseconds < bound * 1e3 for r in quiet):
             return
-        names = ", ".join(str(rank.index) for rank in quiet)
-        reason = f"rank {names} has not finished the {what} within {bound:g} s"
-        generation.end(Ending("hung", reason, quiet[0].index))
+        behind = self.behind(missing)
+        reason = f"rank {', '.join(map(str, behind))} has not finished the {what} within {bound:g} s"
+        generation.end(Ending("hung", reason, behind[0]))
 
     def _probe_idle(self, generation: Generation) -> None:
         idle = asyncio.get_running_loop().time() - generation.last_completed

@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Sequence
 
+from coordinator.admission import Admission
 from coordinator.assemble import assemble, split
 from coordinator.batching import Queue, Ticket, join_key
 from coordinator.catalog import Catalog, ModelVersion
@@ -36,7 +37,9 @@ class Forwarder:
         """Batches at the ranks."""
         self.requests = 0
         """Requests accepted and not answered."""
-        self.queue = Queue(config.queue_size, self)
+        self._admission = Admission(config.queue_size, config.overload_factor)
+        self._last_done = 0.0
+        self.queue = Queue(self._admission, self)
 
     async def run(self, request: InferRequest) -> InferResult:
         """Raises ServiceError. A caller that is cancelled leaves the queue; what was dispatched runs to its end."""
@@ -48,6 +51,7 @@ class Forwarder:
         rows = check(request, entry)
         key = join_key(request, entry) if rows and entry.joinable else None
         ticket = Ticket(request, entry, rows, key, self._loop.create_future(), started)
+        calm = not self.queue.depth
         self._enter(entry)
         ticket.future.add_done_callback(lambda _: self._exit(entry))
         try:
@@ -56,7 +60,10 @@ class Forwarder:
         except BaseException:
             ticket.future.cancel()
             raise
-        result.timings.total = self._loop.time() - started
+        now = self._loop.time()
+        result.timings.total = now - started
+        if calm:
+            self._admission.answered(now - started, now)
         return result
 
     async def finished(self) -> None:
@@ -85,8 +92,8 @@ class Forwarder:
     def free(self) -> int:
         return self._depth - self.commands if self._fleet.generation is not None else 0
 
-    def idle(self) -> bool:
-        return self.commands == 0
+    def running(self) -> int:
+        return self.commands
 
     def dispatch(self, batch: list[Ticket]) -> None:
         generation = self._fleet.generation
@@ -102,10 +109,13 @@ class Forwarder:
 
     def _done(self, batch: list[Ticket], sent: float, future: asyncio.Future[Answers]) -> None:
         self.commands -= 1
-        seconds = self._loop.time() - sent
+        now = self._loop.time()
+        seconds = now - sent
+        turn, self._last_done = now - max(sent, self._last_done), now
         self._metrics.answered(batch[0].entry.name, seconds)
         error = future.exception()
         if error is None:
+            self._admission.took(turn)
             self._deliver(batch, future.result(), seconds)
         elif len(batch) > 1 and isinstance(error, ServiceError) and self._fleet.generation is not None:
             # All ranks raised it alike. One request may be at fault, or their sum: each runs again by itself, so that

@@ -67,7 +67,7 @@ class HealthView:
         if waiting is None and now - generation.last_completed > limit:
             return f"no collective has run for {now - generation.last_completed:.1f} s"
         if waiting is not None and waiting[1] == "health probe" and waiting[0] > SLOW_PROBE:
-            ranks = ", ".join(map(str, waiting[2]))
+            ranks = ", ".join(map(str, self._fleet.behind(waiting[2])))
             return f"rank {ranks} has not finished the {waiting[1]} for {waiting[0]:.1f} s"
         return ""
 

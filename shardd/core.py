@@ -42,7 +42,7 @@ def build(config: Config, board: Board, rendezvous: Rendezvous, metrics: Metrics
     device = choose_device(config)
     store = serve_store(rendezvous.listener)
     group = Group(config.rank, config.world_size)
-    progress = Progress(lambda: group.stats.seconds)
+    progress = Progress(lambda: group.stats.seconds, lambda: group.stats.begun)
     engine = Engine(
         rank=config.rank,
         device=device.torch,

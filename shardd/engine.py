@@ -128,7 +128,7 @@ class Engine:
         response = Response(generation=request.generation, seq=request.seq)
         kind = request.WhichOneof("command") or "none"
         self._progress.begin()
-        begun = self._collectives()
+        begun = self._group.stats.begun
         try:
             self._command(kind, channel, request, response)
             verdict = None
@@ -140,14 +140,9 @@ class Engine:
             self._progress.finish(forward=kind == "execute")
         self._metrics.command("ok" if verdict is None else verdict.code.name)
         if verdict is not None:
-            if count := self._collectives() - begun:
+            if count := self._group.stats.begun - begun:
                 verdict = replace(verdict, kind=f"{verdict.kind}@{count}")  # see Failure in shard.proto
             self._fail(session, channel, request, response, verdict)
-
-    def _collectives(self) -> int:
-        stats = self._group.stats
-        reducing = stats.all_reduces + stats.reduce_scatters
-        return reducing + stats.all_gathers + stats.broadcasts + stats.barriers + stats.size_exchanges
 
     def _command(self, kind: str, channel: Channel, request: Request, response: Response) -> None:
         if kind == "execute":

@@ -12,11 +12,19 @@ class Progress:
     """Written by the executor, read by any thread.
 
     ``collective_seconds`` gives the seconds spent in completed collectives so far: whenever it has grown, a collective
-    has completed. Reading that on each sample costs the executor nothing per collective.
+    has completed. ``begun`` gives how many have begun. Reading them on each sample costs the executor nothing per
+    collective.
     """
 
-    def __init__(self, collective_seconds: Callable[[], float], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        collective_seconds: Callable[[], float],
+        begun: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._seconds = collective_seconds
+        self._begun = begun
+        self._begun_before = 0
         self._clock = clock
         self._seen = collective_seconds()
         self._collective: float | None = None
@@ -27,6 +35,11 @@ class Progress:
     def restart(self) -> None:
         """A new generation begins."""
         self.executed = 0
+        self._begun_before = self._begun()
+
+    def collectives(self) -> int:
+        """How many have begun in this generation."""
+        return self._begun() - self._begun_before
 
     def begin(self) -> None:
         """The executor starts a command."""

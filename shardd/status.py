@@ -59,6 +59,7 @@ class Board:
         response.device_memory = device.memory
         response.peak_bytes = device.peak_bytes()
         response.executed = progress.executed
+        response.collectives = progress.collectives()
         response.since_collective_milliseconds = progress.since_collective_milliseconds()
         busy = progress.busy_seconds()
         response.busy_milliseconds = max(1, int(1000 * busy)) if busy else 0

@@ -83,6 +83,12 @@ class CollectiveStats:
     bytes: int = 0
     seconds: float = 0.0
 
+    @property
+    def begun(self) -> int:
+        """All of them, those that run and those that failed included."""
+        reducing = self.all_reduces + self.reduce_scatters
+        return reducing + self.all_gathers + self.broadcasts + self.barriers + self.size_exchanges
+
     def reset(self) -> None:
         for field in fields(self):
             setattr(self, field.name, field.default)

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ServingOptions:
     """``verify``: compare a sharded replica with the unsharded model when planning; where there is no graph to compare,
-    see that the model runs at all. ``known_plan``: digest of a plan for which that was done. ``threads``: of the reader.
+    see that the model runs at all. ``known_plan``: digest of a plan for which that was done. ``threads``: the reader's.
     """
 
     verify: bool = True

@@ -13,8 +13,8 @@ import grpc
 import numpy.typing as npt
 from google.protobuf.message import Message
 
-from coordinator.client import calls, stream
 from coordinator.aio_status import FirstStatus
+from coordinator.client import calls, stream
 from coordinator.client.calls import Json
 from coordinator.client.connection import Connection, Options, TlsSetting, new_request_id
 from coordinator.client.errors import RequestError, from_rpc

@@ -30,7 +30,9 @@ TIMES = {
     "stop_to_notice_max": 2.0,
     "again_after_rank_kill_p50": 2.5,
     "again_after_coordinator_restart_p50": 1.0,
-    "accepted_over_normal": 3.0,
+    "accepted_p50_over_normal": 3.0,
+    "accepted_p99_over_normal": 3.0,
+    "refused_p99": 0.25,
     "grown_mib": 64.0,
 }
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
 RAISE, MEMORY, SLEEP, NAP, MEMORY_ONE, RAISE_ONE, DIE_ONE, MEMORY_APART = 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0
+GATE = 9.0  # wait while the file named by TEST_GATE is there
 """What ``x[0, 0]`` asks a ``Moody`` for: everywhere; (ONE) on rank 1 alone; (APART) on rank 0 a layer earlier."""
 
 
@@ -50,6 +52,10 @@ def misbehave(mood: float) -> None:
         time.sleep(30.0)
     if mood == NAP:
         time.sleep(1.0)
+    if mood == GATE:
+        end = time.monotonic() + 30
+        while Path(os.environ["TEST_GATE"]).exists() and time.monotonic() < end:
+            time.sleep(0.01)
     if mood == DIE_ONE and not first:
         os.kill(os.getpid(), 9)
 
@@ -78,6 +84,26 @@ class Picky(Mlp):
 def picky(fits: bool = False) -> Made:
     """Its own example fits, or not."""
     return Picky(), {"x": torch.full((2, 16), 5.0 if fits else 0.0)}
+
+
+def sabotaged(flag: str) -> Made:
+    """Makes rank 1's part in the idle collectives go wrong for as long as the file ``flag`` says how: it hangs, or it
+    comes with a tensor of another size."""
+    from shardd.engine import Engine
+
+    probe = Engine._probe
+
+    def sabotage(engine: Engine) -> None:
+        how = Path(flag).read_text() if not is_first() and Path(flag).exists() else ""
+        if how == "hang":
+            time.sleep(60.0)
+        elif how:
+            engine._group.all_reduce_sum_(torch.ones(int(how)))
+        else:
+            probe(engine)
+
+    Engine._probe = sabotage
+    return mlp()
 
 
 def slow() -> Made:

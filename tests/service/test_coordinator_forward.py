@@ -21,7 +21,10 @@ Code = grpc.StatusCode
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with Cluster(2, tmp_path_factory.mktemp("forward"), arguments=["--queue-size", "8"]) as cluster:
+    directory = tmp_path_factory.mktemp("forward")
+    gate = directory / "gate"
+    with Cluster(2, directory, arguments=["--queue-size", "8"], env={"TEST_GATE": str(gate)}) as cluster:
+        cluster.gate = gate
         cluster.load("mlp", MLP, kind="factory", batching={"max_batch_size": 512})
         cluster.load("moody", MOODY, kind="factory", batching={"max_joined_rows": 1})
         yield cluster
@@ -139,11 +142,13 @@ def test_outputs_that_stay_sharded_are_put_together(cluster):
 
 
 class Hold:
-    """Keeps the ranks busy with one request that sleeps, and lets go when left."""
+    """Keeps the ranks busy with requests that wait, and lets go when left."""
 
     def __init__(self, cluster, count=2):
+        self.gate = cluster.gate
+        self.gate.touch()
         self.calls = [
-            cluster.stub.Forward.future(forward_request("moody", mood(shard_models.NAP), request_id=f"nap-{n}"))
+            cluster.stub.Forward.future(forward_request("moody", mood(shard_models.GATE), request_id=f"gate-{n}"))
             for n in range(count)
         ]
         wait_for(lambda: cluster.health().coordinator.in_flight >= count, "the ranks to be busy")
@@ -152,6 +157,7 @@ class Hold:
         return self
 
     def __exit__(self, *about):
+        self.gate.unlink()
         for call in self.calls:
             call.result(timeout=20)
 

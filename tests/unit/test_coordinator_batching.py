@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 
+from coordinator.admission import Admission
 from coordinator.batching import Queue, Ticket, join_key
 from coordinator.catalog import ModelVersion
 from coordinator.dtypes import DataType
@@ -21,23 +22,23 @@ class Ranks:
 
     def __init__(self, depth=2):
         self.depth = depth
-        self.running = []
+        self.at_ranks = []
         self.batches = []
         self.arrived = asyncio.Event()
 
     def free(self):
-        return self.depth - len(self.running)
+        return self.depth - len(self.at_ranks)
 
-    def idle(self):
-        return not self.running
+    def running(self):
+        return len(self.at_ranks)
 
     def dispatch(self, batch):
         self.arrived.set()
-        self.running.append(batch)
+        self.at_ranks.append(batch)
         self.batches.append([ticket.request.request_id for ticket in batch])
 
     def finish(self, queue):
-        for ticket in self.running.pop(0):
+        for ticket in self.at_ranks.pop(0):
             if not ticket.future.done():
                 ticket.future.set_result(ticket.request.request_id)
         queue.pump()
@@ -56,7 +57,7 @@ def ask(queue, id, *, entry, rows=1, width=4, joinable=True, priority=0, deadlin
 def run(scenario):
     async def main():
         ranks = Ranks()
-        await scenario(Queue(64, ranks), ranks)
+        await scenario(Queue(Admission(64, 0), ranks), ranks)
 
     asyncio.run(main())
 
@@ -94,7 +95,7 @@ def test_only_requests_equal_in_all_but_their_rows_are_joined():
         ask(queue, "single", entry=entry, joinable=False)
         ask(queue, "d", entry=entry, rows=2)
         for _ in range(6):
-            if ranks.running:
+            if ranks.at_ranks:
                 ranks.finish(queue)
         assert ranks.batches == [["a"], ["b"], ["c", "d"], ["wide"], ["other"], ["single"]]
 
@@ -151,7 +152,7 @@ def test_urgent_requests_go_first_and_equals_in_order():
         entry = model(rows=1)
         for id, priority in [("a", 0), ("b", 0), ("c", 0), ("d", 7), ("e", 2), ("f", 200), ("g", 2)]:
             ask(queue, id, entry=entry, priority=priority)
-        while ranks.running:
+        while ranks.at_ranks:
             ranks.finish(queue)
         assert [batch[0] for batch in ranks.batches] == ["a", "b", "e", "g", "d", "c", "f"]
 
@@ -182,7 +183,7 @@ def test_cancelled_and_late_requests_are_dropped_before_dispatch():
         gone.future.cancel()
         await asyncio.sleep(0)
         assert queue.depth == 2
-        while ranks.running:
+        while ranks.at_ranks:
             ranks.finish(queue)
         assert ranks.batches == [["a"], ["b"], ["last"]]
         assert isinstance(late.future.exception(), DeadlineExceeded)
@@ -218,3 +219,120 @@ def test_everything_waiting_fails_at_once():
             ticket.future.exception()
 
     run(scenario)
+
+
+# ---- overload
+
+
+def busy(queue_size=256, factor=2.5, turn=0.05, usual=0.1):
+    """Admission that has seen batches of ``turn`` seconds, and answers after ``usual``."""
+    admission = Admission(queue_size, factor)
+    admission.took(turn)
+    admission.answered(usual, 0.0)
+    return admission
+
+
+def overloaded(scenario, admission):
+    async def main():
+        ranks = Ranks()
+        await scenario(Queue(admission, ranks), ranks)
+
+    asyncio.run(main())
+
+
+def flood(queue, count, **about):
+    """``count`` requests that cannot be joined: those accepted, and the refusals."""
+    accepted, refused = [], []
+    for number in range(count):
+        try:
+            accepted.append(ask(queue, str(number), entry=model(), joinable=False, **about))
+        except ResourceExhausted as error:
+            refused.append(error)
+    return accepted, refused
+
+
+def test_a_burst_waits_and_overload_is_refused_down_to_the_usual_latency():
+    async def scenario(queue, ranks):
+        burst, refused = flood(queue, 2 + 20)  # at the ranks, and a second of work
+        assert not refused
+        more, refused = flood(queue, 100)
+        assert (more, len(refused)) == ([], 100)
+        await asyncio.sleep(0)
+        kept = [ticket for ticket in burst if not ticket.future.done()]
+        assert kept == burst[: 2 + 3]  # the last of them after 5 turns: 2.5 times the usual latency
+        assert queue.depth == 3
+        assert all(isinstance(ticket.future.exception(), ResourceExhausted) for ticket in burst[5:])
+        assert refused[-1].retry_after_ms == 250
+        assert "3 requests wait, for 0.25 s" in refused[-1].message
+        ranks.finish(queue)
+        again, refused = flood(queue, 2)
+        assert (len(again), len(refused)) == (1, 1)
+
+    overloaded(scenario, busy())
+
+
+def test_the_next_batch_is_never_refused_and_what_joins_it_neither():
+    async def scenario(queue, ranks):
+        flood(queue, 40)
+        while ranks.at_ranks:
+            ranks.finish(queue)
+        entry = model(rows=8)
+        for number in range(2 + 8):
+            ask(queue, str(number), entry=entry)
+        with pytest.raises(ResourceExhausted):
+            ask(queue, "one too many", entry=entry)
+
+    overloaded(scenario, busy(turn=0.2, usual=0.1))
+
+
+def test_when_the_flood_has_ended_bursts_are_welcome_again():
+    admission = busy()
+    assert not admission.admits(30, 30, 2, now=10.0)
+    assert not admission.admits(10, 10, 2, now=10.5)
+    admission.answered(9.0, now=10.6)  # what is answered meanwhile says nothing of ordinary times
+    assert not admission.admits(10, 10, 2, now=11.0)
+    assert admission.admits(3, 3, 2, now=11.5)
+    assert admission.admits(10, 10, 2, now=13.0)
+
+
+@pytest.mark.parametrize(
+    "admission", [Admission(16, 2.5), busy(16, factor=0)], ids=["nothing measured", "switched off"]
+)
+def test_by_number_alone(admission):
+    async def scenario(queue, ranks):
+        accepted, refused = flood(queue, 100)
+        assert (len(accepted), len(refused)) == (2 + 16, 82)
+
+    overloaded(scenario, admission)
+
+
+def test_many_slow_requests_are_a_burst_while_they_are_few():
+    async def scenario(queue, ranks):
+        assert flood(queue, 2 + 16)[1] == []
+        assert len(flood(queue, 1)[1]) == 1
+
+    overloaded(scenario, busy(turn=5.0, usual=5.0))
+
+
+def test_a_request_larger_than_a_batch_is_one():
+    async def scenario(queue, ranks):
+        entry = model(rows=4)
+        for number in range(2 + 3):
+            ask(queue, str(number), entry=entry, rows=1000)
+        assert queue.depth == queue._batches == 3
+        while ranks.at_ranks:
+            ranks.finish(queue)
+        assert queue.depth == queue._batches == 0
+
+    overloaded(scenario, busy())
+
+
+def test_requests_without_rows_are_batches_of_their_own():
+    async def scenario(queue, ranks):
+        for _ in range(3):
+            flood(queue, 10, rows=0)
+            while ranks.at_ranks:
+                ranks.finish(queue)
+            assert queue.depth == queue._batches == 0
+
+    overloaded(scenario, busy())

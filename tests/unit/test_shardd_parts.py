@@ -77,11 +77,12 @@ def test_descriptions_are_one_short_line() -> None:
 
 class Stats:
     seconds = 0.0
+    begun = 7
     now = 50.0
 
 
 def test_progress_tells_slow_from_stuck() -> None:
-    progress = Progress(lambda: Stats.seconds, lambda: Stats.now)
+    progress = Progress(lambda: Stats.seconds, lambda: Stats.begun, lambda: Stats.now)
     assert progress.since_collective_milliseconds() == NEVER_MILLISECONDS
     assert not progress.stuck(0.0)
     progress.begin()
@@ -90,6 +91,7 @@ def test_progress_tells_slow_from_stuck() -> None:
     assert progress.quiet_seconds() == 0
     assert progress.stuck(9)
     Stats.seconds += 0.5  # a collective has completed
+    Stats.begun += 1
     assert not progress.stuck(9)
     Stats.now += 5
     assert progress.since_collective_milliseconds() == 5000
@@ -98,8 +100,9 @@ def test_progress_tells_slow_from_stuck() -> None:
     assert progress.quiet_seconds() == 2
     assert (progress.executed, progress.busy_seconds()) == (1, 0)
     assert progress.since_collective_milliseconds() == 7000
+    assert progress.collectives() == 8
     progress.restart()
-    assert progress.executed == 0
+    assert (progress.executed, progress.collectives()) == (0, 0)
 
 
 def test_identity() -> None:
