@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from google.protobuf.message import DecodeError
+
 from coordinator import wire
 from coordinator.codec import TENSOR_DATA, tensor_of, tensor_pieces
+from coordinator.errors import InvalidArgument
 from coordinator.types import Buffer, TensorValue
 from protos.tensor_parallel.v1 import shard_pb2 as pb
 
@@ -161,7 +164,10 @@ class ResponseReader:
     def read(self, raw: bytes) -> pb.ChannelResponse | None:
         """Returns the response, outputs cut out (``executed`` gives them); None for a part. Raises ValueError."""
         small, self._payloads = wire.lift(raw, _RESPONSE)
-        response = pb.ChannelResponse.FromString(small)
+        try:
+            response = pb.ChannelResponse.FromString(small)
+        except DecodeError as error:
+            raise ValueError(f"no response: {error}") from None
         if response.WhichOneof("result") != "part":
             return response
         part, data = response.part, self._payloads[0]
@@ -183,9 +189,13 @@ class ResponseReader:
 def executed(
     result: pb.ExecuteResult, payloads: Sequence[Buffer | None], parts: dict[str, bytearray] | None = None
 ) -> Executed:
+    """Raises ValueError for what are no tensors."""
     outputs = []
     for tensor, data in zip(result.outputs, payloads, strict=True):
-        value = tensor_of(tensor, None)
+        try:
+            value = tensor_of(tensor, None)
+        except InvalidArgument as error:
+            raise ValueError(error.message) from None
         value.data = data if data is not None else (parts or {}).get(tensor.name, b"")
         outputs.append(value)
     return Executed(outputs, result.forward_seconds, result.collective_seconds, result.copy_seconds)

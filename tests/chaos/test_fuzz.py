@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
+import sys
 
 import grpc
 import numpy as np
@@ -16,6 +19,7 @@ from protos.tensor_parallel.v1 import coordinator_pb2
 from tests.chaos.fuzzing import GROWTH, at_coordinator, at_daemon, resident, served
 from tests.chaos.load import Reference
 from tests.chaos.models import WIDTH
+from tests.chaos.parsers import TARGETS, mutations
 
 STRIKES = int(os.environ.get("FUZZ_STRIKES", "1200"))
 pytestmark = pytest.mark.timeout(300)
@@ -100,3 +104,31 @@ def _code(forward, shape, data: bytes) -> grpc.StatusCode:
         forward(request.SerializeToString(), timeout=10)
     assert "x" in caught.value.details()
     return caught.value.code()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_parser_reads_a_strangers_bytes_or_says_no_as_promised(name):
+    target = TARGETS[name]()
+    for seed in target.seeds:
+        target.read(seed)
+    for data in mutations(target.seeds, 3000):
+        target(data)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("atheris") is None, reason="atheris is not installed (pip install atheris)"
+)
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_parser_fuzzed_by_coverage(name, tmp_path):
+    command = [sys.executable, "-m", "tests.chaos.parsers", name, "-runs=20000", "-seed=1", "-max_len=4096"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE_")}
+    shown = subprocess.run(
+        [*command, f"-artifact_prefix={tmp_path}/"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert "Done 20000 runs" in shown.stderr

@@ -132,7 +132,7 @@ class Cluster(Caller):
         if hasattr(self, "channel"):
             self.close()
         if hasattr(self, "coordinator"):
-            self.coordinator.kill()
+            self.coordinator.close()
         self.daemons.__exit__(None, None, None)
 
     def start_coordinator(self, listen: str = "127.0.0.1:0") -> CoordinatorProcess:

@@ -29,6 +29,7 @@ def flag(tmp_path_factory):
 @pytest.fixture(scope="module", params=["gloo", "shm"])
 def cluster(request, tmp_path_factory, flag):
     arguments = {"arguments": ["--probe-bound-seconds", "1.5"], "daemon_arguments": ["--backend", request.param]}
+    arguments["daemon_arguments"] += ["--fence-seconds", "1"]
     with Cluster(2, tmp_path_factory.mktemp(request.param), **arguments) as cluster:
         cluster.load("m", SABOTAGED, kind="factory", arguments_json=json.dumps({"flag": str(flag)}))
         yield cluster

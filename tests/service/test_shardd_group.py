@@ -97,12 +97,13 @@ def test_commands_pipeline_in_order(ranks: Ranks) -> None:
     sent = [ranks.send(execute=command) if turn % 3 else ranks.send(probe=PROBE) for turn in range(30)]
     for channel in ranks.channels:
         assert [channel.receive().seq for _ in sent] == sent
-    assert [rank.status().executed for rank in ranks.ranks] == [30, 30]
+    # It is counted once it has been answered.
+    wait_for(lambda: [rank.status().executed for rank in ranks.ranks] == [30, 30], "all to be counted")
 
 
 def test_status_tells_progress(daemons: Daemons, ranks: Ranks) -> None:
     assert ranks.run(probe=PROBE)[0].HasField("done")
-    status = ranks[1].status()
+    status = wait_for(lambda: status if (status := ranks[1].status()).executed else None, "the probe to be counted")
     assert (status.rank, status.world_size, status.pid) == (1, 2, daemons[1].pid)
     assert (status.state, status.generation, status.owner) == ("READY", ranks.generation, "tester")
     assert (status.executed, status.busy_milliseconds) == (1, 0)

@@ -60,7 +60,7 @@ def start(tmp_path: Path, arguments: list[str], **options) -> Shardd:
     try:
         daemon.await_address()
     except BaseException:
-        daemon.kill()
+        daemon.close()
         raise
     return daemon
 
@@ -69,7 +69,7 @@ def start(tmp_path: Path, arguments: list[str], **options) -> Shardd:
 def one(tmp_path: Path, basics: list[str]) -> Iterator[Shardd]:
     daemon = start(tmp_path, [*basics, *FACTORIES, "--listen", f"unix:{tmp_path}/s"])
     yield daemon
-    daemon.kill()
+    daemon.close()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_status_answers_before_torch_is_there(tmp_path: Path, basics: list[str])
         assert (later.store_address, later.incarnation) == (early.store_address, early.incarnation)
         assert later.device == "cpu"
     finally:
-        daemon.kill()
+        daemon.close()
 
 
 def test_a_single_rank_serves_and_leaves_cleanly(one: Shardd, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_forward_that_will_not_let_go_costs_the_process(tmp_path: Path, basics
         assert daemon.wait() == 70
         assert daemon.events("executor_stuck")
     finally:
-        daemon.kill()
+        daemon.close()
 
 
 def check(address: str, name: str) -> int:
@@ -289,7 +289,7 @@ def test_ports_of_their_own_for_probes_and_metrics(tmp_path: Path, basics: list[
         assert 'shardd_loads_total{rank="0"} 0.0' in text
         assert "a-token-for-tests" not in daemon.log()
     finally:
-        daemon.kill()
+        daemon.close()
 
 
 def test_only_bearers_of_the_token(tmp_path: Path, basics: list[str]) -> None:
@@ -305,7 +305,7 @@ def test_only_bearers_of_the_token(tmp_path: Path, basics: list[str]) -> None:
             rank.close()
         assert Rank(daemon.address, metadata=(("authorization", "Bearer a-token-for-tests"),)).status()
     finally:
-        daemon.kill()
+        daemon.close()
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,53 @@ def test_mutual_tls(tmp_path: Path, basics: list[str], certificates: Path) -> No
                 rank.stub.Status(shard_pb2.StatusRequest(), timeout=10)
             assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
     finally:
-        daemon.kill()
+        daemon.close()
+
+
+@pytest.mark.parametrize(("level", "form"), [("debug", "json"), ("error", "console")])
+def test_no_secret_reaches_the_log(
+    tmp_path: Path, basics: list[str], certificates: Path, level: str, form: str
+) -> None:
+    """Not when it starts, nor when callers are refused, requests fail, or the process crashes."""
+    token, key = "only-the-coordinator-knows", (certificates / "server.key").read_text()
+    (tmp_path / "token").write_text(token + "\n")
+    tls = ["--tls-cert", str(certificates / "server.pem"), "--tls-key", str(certificates / "server.key")]
+    broken = ["--allow-factory", "tests.service.shard_models:broken", "--token-file", str(tmp_path / "token")]
+    said = ["--log-level", level, "--log-format", form]
+    daemon = start(
+        tmp_path,
+        [*basics, "--listen", "127.0.0.1:0", *tls, *broken, *said],
+        env={"PYTHONFAULTHANDLER": "1", "GRPC_VERBOSITY": "debug"},
+    )
+    try:
+        credentials = grpc.ssl_channel_credentials((certificates / "ca.pem").read_bytes())
+        right, wrong = (
+            Rank(daemon.address, metadata=(("authorization", f"Bearer {given}"),), credentials=credentials)
+            for given in (token, token[:-1])
+        )
+        with pytest.raises(grpc.RpcError):
+            wrong.status()
+        with pytest.raises(grpc.RpcError):
+            right.load("broken", "tests.service.shard_models:broken")
+        with pytest.raises(grpc.RpcError):
+            right.join(1, "no address")
+        assert right.status().pid == daemon.pid
+        daemon.signal(signal.SIGABRT)
+        assert daemon.wait() == -signal.SIGABRT
+        log = daemon.log()
+        assert "Fatal Python error" in log
+        assert token not in log
+        assert token[:-1] not in log
+        assert not any(line in log for line in key.splitlines() if not line.startswith("-----"))
+    finally:
+        daemon.close()
+
+
+def test_a_bad_token_file_is_refused_without_showing_it(tmp_path: Path, basics: list[str]) -> None:
+    (tmp_path / "token").write_text("two words\n")
+    result = run([*basics, "--token-file", str(tmp_path / "token")])
+    refused(result, "--token-file")
+    assert "two words" not in result.stderr + result.stdout
 
 
 def test_systemd_hears_of_ready_watchdog_and_stopping(tmp_path: Path, basics: list[str]) -> None:
@@ -380,7 +426,7 @@ def test_systemd_hears_of_ready_watchdog_and_stopping(tmp_path: Path, basics: li
                 daemon.signal(signal.SIGTERM)
                 wait_for(lambda: "STOPPING=1" in heard, "STOPPING=1")
         finally:
-            daemon.kill()
+            daemon.close()
 
 
 def test_the_store_is_on_the_advertised_address(tmp_path: Path, basics: list[str]) -> None:
@@ -388,7 +434,7 @@ def test_the_store_is_on_the_advertised_address(tmp_path: Path, basics: list[str
     try:
         assert Rank(daemon.address).status().store_address.startswith("127.0.0.1:")
     finally:
-        daemon.kill()
+        daemon.close()
 
 
 def test_two_daemons_share_a_host_id(tmp_path: Path) -> None:
