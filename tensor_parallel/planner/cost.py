@@ -17,7 +17,7 @@ from tensor_parallel.planner.prover import OUTPUT, Communication
 from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.tensors import Tensors
 
-_PRICE = 0.16  # share of all bytes that avoiding every unavoidable-sized collective would be worth
+_PRICE = 0.24  # share of all bytes that avoiding every unavoidable-sized collective would be worth
 _GATHER = 1.5  # an activation made whole is also copied, and computed on whole by every rank
 _OUTPUT = 0.3  # a divided output is gathered once, by whoever wants it whole; a server need not do it at all
 _SLACK = 0.04  # share above an even split up to which a byte costs its share, and beyond which four times that

@@ -161,6 +161,11 @@ def lookup_rows(weight: Tensor, ids: Tensor, starts: tuple[tuple[int, int, int],
     return rows.masked_fill(outside.unsqueeze(-1), 0.0)
 
 
+def from_the_front(ids: Tensor, size: int) -> Tensor:
+    """Indices of which negative ones count from the end, all counted from the front."""
+    return torch.where(ids < 0, ids + size, ids)
+
+
 def check_ids(ids: Tensor, size: int) -> None:
     """Raise ``IndexError`` when an id lies outside ``[0, size)``; asynchronous on an accelerator."""
     if ids.device.type == "cpu":

@@ -221,7 +221,10 @@ class Solver(Engine):
         return True
 
     def settle_for_reshape(self, value: Value) -> None:
-        if self.worth_dividing(value):
+        place = self.place(value)
+        if isinstance(place, Undecided) and place.looked_up:
+            self.commit(value)
+        elif self.worth_dividing(value):
             order = range(value.ndim) if self.prefer(value) == "auto" else reversed(range(value.ndim))
             for dim in order:
                 try:

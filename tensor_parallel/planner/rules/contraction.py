@@ -74,7 +74,12 @@ def contract(
         ref = _scaled_after(e, call, operands, out, refs, product, ref)
     if bias is not None:
         ref = _add_bias(e, ref, *bias, out, bias_scale)
-    return e.result(call, ref, Partial(origin) if avoidable else PARTIAL)
+    result = e.result(call, ref, PARTIAL)
+    # A narrow product beside the main path (a gate, a step size): its operand might better be whole.
+    narrow = any(v.weight is None and 4 * result.nbytes <= v.nbytes for v, _ in operands)
+    if avoidable or narrow:
+        result.place = Partial(origin)
+    return result
 
 
 def _add_bias(e: Engine, pending: Ref | None, value: Value, letters: Letters, out: Letters, scale: float) -> Ref | None:

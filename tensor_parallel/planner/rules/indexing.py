@@ -30,13 +30,21 @@ def embedding(e: Engine, call: Call) -> Any:
         )
         result.weight = table.weight
         return result
-    assert isinstance(place, Sharded)
+    if not isinstance(place, Sharded):
+        return e.visit_again(call)  # only the ids were undecided
     if place.dim == 1:
         ref = e.emit(aten.embedding.default, table, ids)
         return e.result(call, ref, Sharded(lead, place.owners, place.origin))
+    return _rows(e, call, table, place, ids)
+
+
+def _rows(e: Engine, call: Call, table: Value, place: Sharded, ids: Any) -> Value:
+    """Rows of a table divided by rows: zeros for other ranks' rows, a pending sum."""
     if e.solving:
         return e.result(call, None, PARTIAL)
     owner = place.owners[0]
+    if any(len(o) != len(owner) for o in place.owners):
+        raise Unproven("rows of a table of free size")
     runs = PerRank(tuple(_runs(positions(owner, rank).tolist()) for rank in range(e.ranks)))
     return e.result(call, e.emit(runtime.lookup_rows, table, ids, runs, len(owner)), PARTIAL)
 
@@ -71,11 +79,14 @@ def index(e: Engine, call: Call) -> Any:
     front = [d for d in kept if d < used[0]] if adjacent else []
     mapping: list[int | None] = [*front, *[None] * width, *[d for d in kept if d not in front]]
     place = e.place(value)
+    is_lookup = used == [0] and value.ndim == 2 and value.dtype.is_floating_point
     if isinstance(place, Undecided):
         dims = tuple(None if m is None else place.dims[m] for m in mapping)
-        result = e.result(call, None, Undecided(place.param, dims, looked_up=False))
+        result = e.result(call, None, Undecided(place.param, dims, looked_up=is_lookup and place.dims[0] == 0))
         result.weight = value.weight
         return result
+    if is_lookup and e.is_sharded(value, 0):
+        return _rows(e, call, value, e.sharded(value), e.emit(runtime.from_the_front, indices[0], value.shapes[0][0]))
     if not isinstance(place, Sharded) or place.dim in used:
         raise Unproven("indexes the divided dimension")
     return e.result(call, e.replay(call), Sharded(mapping.index(place.dim), place.owners, place.origin))
@@ -89,11 +100,15 @@ def index_select(e: Engine, call: Call) -> Any:
     e.commit_whole(call.value("index"))
     if not isinstance(e.place(call.value("index")), Replicated):
         raise Unproven("the index is divided")
+    is_lookup = dim == 0 and value.ndim == 2 and value.dtype.is_floating_point
     if isinstance(place, Undecided):
         dims = tuple(None if d == dim else p for d, p in enumerate(place.dims))
-        result = e.result(call, None, Undecided(place.param, dims, place.looked_up))
+        looked_up = place.looked_up or (is_lookup and place.dims[0] == 0)
+        result = e.result(call, None, Undecided(place.param, dims, looked_up))
         result.weight = value.weight
         return result
+    if is_lookup and e.is_sharded(value, 0):
+        return _rows(e, call, value, e.sharded(value), call.value("index"))
     if not isinstance(place, Sharded) or place.dim == dim:
         raise Unproven("selects along the divided dimension")
     return e.result(call, e.replay(call), Sharded(place.dim, place.owners, place.origin))
