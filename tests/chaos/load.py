@@ -84,10 +84,10 @@ class Load:
         with grpc.insecure_channel(self.target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while not self.stop.wait(0.1):
-                at = time.monotonic()
                 try:
                     reply = stub.Check(health_pb2.HealthCheckRequest(service="chaos"), timeout=1)
                     serving, reason = reply.status == health_pb2.HealthCheckResponse.SERVING, ""
                 except grpc.RpcError as error:
                     serving, reason = False, str(error.code())
-                self.timeline.samples.append(Sample(at, serving, reason))
+                # From when it was told on: what happened while it was on its way does not make it false.
+                self.timeline.samples.append(Sample(time.monotonic(), serving, reason))
