@@ -147,7 +147,7 @@ class Cluster(Caller):
     def await_serving(self, seconds: float = 50) -> pb.HealthResponse:
         return wait_for(lambda: self._healthy(True), f"health to be SERVING: {self.coordinator.log()[-3000:]}", seconds)
 
-    def await_not_serving(self, seconds: float = 5) -> pb.HealthResponse:
+    def await_not_serving(self, seconds: float = 20) -> pb.HealthResponse:
         return wait_for(lambda: self._healthy(False), "health to be NOT_SERVING", seconds, every=0.005)
 
     def _healthy(self, wanted: bool) -> pb.HealthResponse | None:

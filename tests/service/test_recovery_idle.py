@@ -52,7 +52,7 @@ def test_ranks_that_disagree_on_a_size_end_their_generation_and_nothing_else(clu
     """No answer of such a generation is used. gloo may take a process down with it; then that is replaced."""
     before = cluster.await_serving()
     flag.write_text("1000000")
-    cluster.await_not_serving(10)
+    cluster.await_not_serving()
     flag.unlink()
     after = wait_for(lambda: serves(cluster), "service to return")
     check_answer(cluster, expected)
@@ -62,7 +62,7 @@ def test_ranks_that_disagree_on_a_size_end_their_generation_and_nothing_else(clu
 def test_an_idle_executor_that_hangs_is_named_and_replaced(cluster, flag, expected):
     before = wait_for(lambda: serves(cluster), "the cluster to serve")
     flag.write_text("hang")
-    health = cluster.await_not_serving(10)
+    health = cluster.await_not_serving()
     assert "rank 1 has not finished the health probe" in health.reason
     assert not any(model.serving for model in health.models)
     assert health.ranks[1].state == "READY"  # it answers heartbeats: they alone would not have told

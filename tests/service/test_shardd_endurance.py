@@ -23,7 +23,7 @@ def footprint(pid: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("backend", "count"), [("gloo", 200), ("shm", 100)])
+@pytest.mark.parametrize(("backend", "count"), [("gloo", 200), ("shm", 50)])
 def test_many_generations_leave_nothing_behind(tmp_path: Path, backend: str, count: int) -> None:
     arguments = ["--allow-factory", MLP, "--backend", backend, "--log-level", "warning"]
     with Daemons(2, tmp_path, arguments=arguments) as daemons, Ranks(daemons.addresses) as ranks:
