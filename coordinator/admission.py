@@ -10,8 +10,8 @@ does not drain; and of adaptive concurrency limits: the latency without a queue 
 from __future__ import annotations
 
 BURST_SECONDS, BURST_BATCHES = 1.0, 16  # of work that may wait before it counts as overload, whichever is more
-CALM_SECONDS = 1.0  # without a refusal, until it is over
-_WEIGHT = 0.2  # of a new measurement in an average
+CALM_SECONDS, LONGEST_CALM = 1.0, 10.0  # without a refusal, until it is over; or a batch's time, if that is more
+_WEIGHT, _OUTLIER = 0.2, 4.0  # of a new measurement in an average, which counts as at most so many times the average
 
 
 class Admission:
@@ -39,7 +39,7 @@ class Admission:
         in_time = self.fits(batches, ahead) if now < self._strict_until else not self.excessive(batches)
         if in_time and requests <= self._most:
             return True
-        self._strict_until = now + max(CALM_SECONDS, self.wait(batches, ahead))
+        self._strict_until = now + min(max(CALM_SECONDS, self._turn), LONGEST_CALM)
         return False
 
     def fits(self, batches: int, ahead: int) -> bool:
@@ -60,4 +60,4 @@ class Admission:
 
 
 def _average(old: float, new: float) -> float:
-    return old + _WEIGHT * (new - old) if old else new
+    return old + _WEIGHT * (min(new, _OUTLIER * old) - old) if old else new
