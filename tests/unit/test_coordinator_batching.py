@@ -336,3 +336,12 @@ def test_requests_without_rows_are_batches_of_their_own():
             assert queue.depth == queue._batches == 0
 
     overloaded(scenario, busy())
+
+
+def test_one_slow_batch_is_no_overload():
+    admission = busy(turn=0.01, usual=0.02)
+    admission.took(30.0)
+    assert admission.admits(60, 60, 2, now=1.0)
+    for _ in range(20):  # but many are
+        admission.took(1.0)
+    assert not admission.admits(60, 60, 2, now=2.0)
