@@ -50,7 +50,7 @@ def test_what_stops_the_start_is_said_in_one_line(tmp_path):
         said = refused("--listen", "127.0.0.1:0", "--state-dir", f"{tmp_path}/broken")
         assert "desired.json cannot be read" in said
     finally:
-        first.kill()
+        first.close()
 
 
 def test_without_ranks_it_answers_and_leaves_when_told(tmp_path):
@@ -72,7 +72,7 @@ def test_without_ranks_it_answers_and_leaves_when_told(tmp_path):
         assert time.monotonic() - started < 10
         assert process.events()[-1]["event"] == "stopped"
     finally:
-        process.kill()
+        process.close()
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,14 @@ def ask(address, credential, token=None):
         return stub.Health(pb.HealthRequest(), timeout=5, metadata=metadata)
 
 
-def test_mutual_tls_and_the_token_guard_everything_but_health(pki, tmp_path):
+def secrets(pki):
+    """The token, and every line of the keys."""
+    keys = [line for key in pki.glob("*.key") for line in key.read_text().splitlines()]
+    return ["correct-horse", *(line for line in keys if not line.startswith("-----"))]
+
+
+def test_mutual_tls_and_the_token_guard_everything_but_health(pki, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
     arguments = [
         "--tls-cert",
         f"{pki}/server.pem",
@@ -219,7 +226,7 @@ def test_mutual_tls_and_the_token_guard_everything_but_health(pki, tmp_path):
         "--tls-client-ca",
         f"{pki}/ca.pem",
     ]
-    arguments += ["--token-file", f"{pki}/token", "--health-listen", "127.0.0.1:0"]
+    arguments += ["--token-file", f"{pki}/token", "--health-listen", "127.0.0.1:0", "--log-level", "debug"]
     process = CoordinatorProcess(NOWHERE, tmp_path, arguments=arguments)
     try:
         address = process.await_address()
@@ -237,9 +244,12 @@ def test_mutual_tls_and_the_token_guard_everything_but_health(pki, tmp_path):
             assert check(health_pb2_grpc.HealthStub(channel), "") == NOT_SERVING
             stream = channel.unary_stream("/tensor_parallel.v1.Coordinator/Load")
             assert failure(lambda: list(stream(b"", timeout=5))).code() is grpc.StatusCode.UNAUTHENTICATED
-        assert "correct-horse" not in process.log()
+        process.signal(signal.SIGABRT)
+        assert process.wait() == -signal.SIGABRT
+        assert "Fatal Python error" in process.log()
+        assert not [secret for secret in secrets(pki) if secret in process.log()]
     finally:
-        process.kill()
+        process.close()
 
 
 def test_the_ranks_are_reached_by_mutual_tls_with_a_token(pki, tmp_path):
@@ -255,7 +265,8 @@ def test_the_ranks_are_reached_by_mutual_tls_with_a_token(pki, tmp_path):
     ) as cluster:
         cluster.load("m", MLP, kind="factory")
         assert cluster.forward("m", {"x": X})["output"].shape == (2, 16)
-        assert "correct-horse" not in cluster.coordinator.log()
+        for process in (cluster.coordinator, *cluster.daemons):
+            assert not [secret for secret in secrets(pki) if secret in process.log()]
 
 
 def test_a_certificate_that_is_none_stops_the_start(pki, tmp_path):

@@ -181,7 +181,7 @@ def test_two_coordinators_under_load_settle_on_one(cluster, tmp_path):
     finally:
         if caller is not None:
             caller.close()
-        rival.kill()
+        rival.close()
 
 
 def test_a_wrong_order_of_daemons_is_explained(cluster, tmp_path):
@@ -194,4 +194,4 @@ def test_a_wrong_order_of_daemons_is_explained(cluster, tmp_path):
         assert "is rank 1 of 2, but was given as rank 0 of 2" in reason
         caller.close()
     finally:
-        wrong.kill()
+        wrong.close()
