@@ -152,7 +152,7 @@ class DistributedModelWrapper(nn.Module):
         if not held:
             return torch.zeros(())
         device = held[0][1].device
-        divided = self._norm([p.grad for shard, p in held if shard.dim is not None], norm_type, device)
+        divided = self._norm([self._counted(shard, p) for shard, p in held if shard.dim is not None], norm_type, device)
         whole = self._norm([p.grad for shard, p in held if shard.dim is None], norm_type, device)
         if norm_type == float("inf"):
             size = self._group.world_size
@@ -165,6 +165,12 @@ class DistributedModelWrapper(nn.Module):
             norm = ((power + whole.double() ** norm_type) ** (1.0 / norm_type)).to(divided.dtype)
         torch.nn.utils.clip_grads_with_norm_([p for _, p in held], max_norm, norm)
         return norm
+
+    def _counted(self, shard: Shard, parameter: Tensor) -> Tensor | None:
+        """A gradient without what a lower rank counts."""
+        grad, at = parameter.grad, shard.counted(self._group.rank)
+        assert shard.dim is not None
+        return grad if grad is None or at is None else grad.index_select(shard.dim, at.to(grad.device))
 
     @staticmethod
     def _norm(grads: list[Tensor | None], norm_type: float, device: torch.device) -> Tensor:

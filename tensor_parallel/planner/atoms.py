@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensor_parallel.partition import split_sizes
+from tensor_parallel.planner.placement import ALL
 
 Labels = NDArray[np.int64]
 
@@ -34,6 +35,8 @@ class Atoms:
         self._parent: Labels = np.empty(0, dtype=np.int64)
         self._segment: Labels = np.empty(0, dtype=np.int64)
         self._weight: Labels = np.empty(0, dtype=np.int64)
+        self._shared: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)  # by root: held by every rank
+        self.any_shared = False
         self._names: list[str] = []
         self._cost: list[float] = []
 
@@ -44,6 +47,7 @@ class Atoms:
         self._parent = np.concatenate([self._parent, fresh])
         self._segment = np.concatenate([self._segment, np.zeros(size, dtype=np.int64)])
         self._weight = np.concatenate([self._weight, np.full(size, len(self._names), dtype=np.int64)])
+        self._shared = np.concatenate([self._shared, np.zeros(size, dtype=np.bool_)])
         self._names.append(weight)
         self._cost.append(bytes_each)
         return fresh
@@ -71,6 +75,25 @@ class Atoms:
             low = np.minimum(roots_a[apart], roots_b[apart])
             high = np.maximum(roots_a[apart], roots_b[apart])
             np.minimum.at(self._parent, high, low)
+            if self.any_shared:
+                self._shared[self.find(high)] |= self._shared[high]
+
+    def is_shared(self, labels: Labels) -> NDArray[np.bool_]:
+        return self._shared[self.find(labels)]
+
+    def share(self, labels: Labels, limit: float) -> bool:
+        """Let every rank hold these indices and those joined to them, if they are at most ``limit`` of each weight."""
+        inside = np.zeros(len(self._parent), dtype=np.bool_)
+        inside[np.unique(self.find(labels))] = True
+        members = inside[self.find(np.arange(len(self._parent), dtype=np.int64))]
+        weights = np.unique(self._weight[members])
+        total = np.bincount(self._weight, minlength=len(self._names))
+        mine = np.bincount(self._weight[members], minlength=len(self._names))
+        if (mine[weights] > limit * total[weights]).any():
+            return False
+        self._shared[np.flatnonzero(members)] = True
+        self.any_shared = True
+        return True
 
     def cut(self, piece: Labels) -> None:
         """``piece`` is used apart from the rest of its weight: deal it to ranks evenly by itself."""
@@ -83,7 +106,7 @@ class Atoms:
         return frozenset(self._names[w] for w in np.unique(self._weight[labels]))
 
     def deal(self, ranks: int) -> Labels:
-        """The rank of every atom: groups of one kind are dealt evenly, in order, to consecutive ranks.
+        """The rank of every atom (``ALL`` if shared): groups of one kind are dealt evenly, in order.
 
         Two groups are of one kind when they join the same segments of the same weights. Raises :class:`TooFew`.
         """
@@ -93,14 +116,17 @@ class Atoms:
         starts = np.flatnonzero(np.diff(roots[order], prepend=-1))
         members = np.split(order, starts[1:]) if len(order) else []
         kinds: dict[frozenset[int], list[Labels]] = defaultdict(list)
+        rank_of = np.zeros(len(everything), dtype=np.int64)
         for group in members:
+            if self._shared[roots[group[0]]]:
+                rank_of[group] = ALL
+                continue
             kinds[frozenset((self._segment[group] * len(self._names) + self._weight[group]).tolist())].append(group)
         pools: dict[frozenset[int], list[Labels]] = defaultdict(list)
         for kind, groups in kinds.items():
             # A kind too small to deal by itself joins the others of its weights.
             key = kind if len(groups) >= ranks else frozenset(-1 - (k % len(self._names)) for k in kind)
             pools[key].extend(groups)
-        rank_of = np.zeros(len(everything), dtype=np.int64)
         for groups in pools.values():
             if len(groups) < ranks:
                 raise TooFew(self.weights(np.concatenate(groups)))

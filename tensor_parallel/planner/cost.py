@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from tensor_parallel.planner.placement import ALL
 from tensor_parallel.planner.prover import OUTPUT, Communication
 from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.tensors import Tensors
@@ -48,7 +49,7 @@ def bytes_per_rank(tensors: Tensors, divisions: Mapping[str, Division], ranks: i
                 held[rank] += stored.nbytes
             else:
                 _, owner = division
-                held[rank] += stored.nbytes // max(1, len(owner)) * owner.count(rank)
+                held[rank] += stored.nbytes // max(1, len(owner)) * (owner.count(rank) + owner.count(ALL))
     return tuple(held)
 
 

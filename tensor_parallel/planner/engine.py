@@ -20,6 +20,7 @@ from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import runtime
 from tensor_parallel.planner.export import Shapes, Traced
 from tensor_parallel.planner.placement import (
+    ALL,
     PARTIAL,
     REPLICATED,
     Owners,
@@ -29,6 +30,7 @@ from tensor_parallel.planner.placement import (
     Sharded,
     Undecided,
     Unproven,
+    is_mixed,
 )
 from tensor_parallel.planner.program import PerRank, Ref
 
@@ -191,6 +193,19 @@ class Engine:
         """Whether every rank holds some of these indices."""
         raise NotImplementedError
 
+    def share(self, owners: Owners) -> bool:
+        """Let every rank hold these indices, a small piece of larger weights; False where that is not to be had."""
+        return False
+
+    def leave(self, ref: Ref | None) -> Ref | None:
+        """A reference to a piece that is shared as a whole, for use as a replicated value."""
+        return ref
+
+    def exclusive(self, owners: Owners) -> None:
+        """Raise Unproven when some indices are shared: a sum over ranks would count them several times."""
+        if not self.solving and is_mixed(owners):
+            raise Unproven("some of what is summed lies on every rank")
+
     def cut(self, owners: Owners) -> None:
         """These indices are used apart from the rest: they should be balanced by themselves."""
 
@@ -257,6 +272,8 @@ class Engine:
         ):
             raise Unproven("the result's sizes are not those the rule expects")
         grad = dtype.is_floating_point and any(v.grad for v in call.values())
+        if isinstance(place, Sharded) and not self.solving and all(o.size and (o == ALL).all() for o in place.owners):
+            return Value(self.leave(ref) if grad else ref, REPLICATED, shapes, dtype, grad)
         return Value(ref, place, shapes, dtype, grad)
 
     def replay(self, call: Call, /, **replacements: Any) -> Ref | None:

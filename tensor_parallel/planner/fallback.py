@@ -224,4 +224,10 @@ def gather(local: Tensor, shard: Shard, group: Group) -> Tensor:
     index = torch.cat([shard.index(r) for r in ranks])
     if bool((torch.diff(index) == 1).all()):
         return whole
-    return whole.index_select(shard.dim, torch.argsort(index).to(whole.device))
+    # Of an index that several ranks hold this rank's own copy is used, so that its gradient arrives here whole.
+    position = torch.empty(int(index.max()) + 1, dtype=torch.long)
+    position[index] = torch.arange(len(index))
+    start = sum(shard.local_size(r) for r in range(group.rank))
+    own = shard.index(group.rank)
+    position[own] = torch.arange(start, start + len(own))
+    return whole.index_select(shard.dim, position.to(whole.device))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -20,6 +21,7 @@ from tensor_parallel.planner import specs, verify
 from tensor_parallel.planner.cost import Network
 from tensor_parallel.planner.export import Traced, trace
 from tensor_parallel.planner.module import Compiled, ShardedModule
+from tensor_parallel.planner.placement import ALL, positions
 from tensor_parallel.planner.plan import Collective, Plan, Reason
 from tensor_parallel.planner.program import PerRank, Program, map_refs
 from tensor_parallel.planner.prover import Prover
@@ -197,8 +199,8 @@ def _shards(tensors: Tensors, divisions: Mapping[str, Division], ranks: int) -> 
             shards[name] = Shard.replicated()
         else:
             dim, owner = division
-            owners = torch.tensor(owner)
-            shards[name] = Shard.from_indices(dim, [(owners == rank).nonzero().flatten() for rank in range(ranks)])
+            owners = np.asarray(owner, dtype=np.int64)
+            shards[name] = Shard.from_indices(dim, [positions(owners, rank).tolist() for rank in range(ranks)])
     return shards
 
 
@@ -207,8 +209,11 @@ def _divisions(shards: Mapping[str, Shard], tensors: Tensors) -> dict[str, Divis
     for name, shard in shards.items():
         if shard.dim is not None:
             owner = torch.zeros(tensors.shape(name)[shard.dim], dtype=torch.long)
+            held = torch.zeros_like(owner)
             for rank in range(len(shard.runs)):
                 owner[shard.index(rank)] = rank
+                held[shard.index(rank)] += 1
+            owner[held > 1] = ALL
             result[name] = (shard.dim, tuple(owner.tolist()))
     return result
 

@@ -141,7 +141,7 @@ def _again(work: _Pass, number: int, summed: Mapping[int, Ref], out: int) -> Ref
             return _again(work, ref.id, summed, work.program.new_id())
         maker = work.producer.get(ref.id)
         # Whole values meet whole values now: nothing enters a divided computation.
-        return maker.args[0] if maker is not None and isinstance(maker.fn, runtime.Enter) else ref
+        return maker.args[0] if maker is not None and getattr(maker.fn, "kind", "") == runtime.Enter.kind else ref
 
     if step.fn is runtime.add_once:
         pending, other, alpha, _ = step.args

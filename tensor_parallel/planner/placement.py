@@ -8,6 +8,10 @@ index of the dimension. A rank holds its indices in ascending global order; that
 index
 sufficient, and every rule has to prove it for its result.
 
+An index may also be *shared*: held by every rank (the one key head of multi-query attention, in a fused projection
+whose query heads are divided). Its owner is then ``ALL``. Gradients of shared indices are kept as each rank's equal
+part of the whole gradient, so that summing over ranks is right for them too (``runtime.Leave``, ``runtime.Shared``).
+
 While a plan is being solved, the "rank" of an index is an *atom* (see ``atoms``): who owns it is what is being decided.
 """
 
@@ -18,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+ALL = -1
 Owners = tuple[NDArray[np.int64], ...]
 """Per assignment, the owner of each index along a dimension."""
 
@@ -72,11 +77,18 @@ def same(a: Owners, b: Owners) -> bool:
 
 def positions(owner: NDArray[np.int64], rank: int) -> NDArray[np.int64]:
     """Global indices that ``rank`` holds."""
-    return np.flatnonzero(owner == rank)
+    return np.flatnonzero((owner == rank) | (owner == ALL))
 
 
 def counts(owner: NDArray[np.int64], ranks: int) -> tuple[int, ...]:
-    return tuple(int(c) for c in np.bincount(owner, minlength=ranks)[:ranks])
+    """How many indices each rank holds."""
+    shared = int((owner == ALL).sum())
+    return tuple(int(c) + shared for c in np.bincount(owner[owner != ALL], minlength=ranks)[:ranks])
+
+
+def is_mixed(owners: Owners) -> bool:
+    """Whether some indices are shared."""
+    return any(bool((owner == ALL).any()) for owner in owners)
 
 
 def is_contiguous(owner: NDArray[np.int64]) -> bool:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import PARTIAL, REPLICATED, Call, Engine, Gathered, Sym, Value, map_values
 from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.merge import Payload, merge_all_reduces
 from tensor_parallel.planner.placement import (
+    ALL,
     Owners,
     Partial,
     Pattern,
@@ -22,6 +24,7 @@ from tensor_parallel.planner.placement import (
     Unproven,
     counts,
     is_contiguous,
+    is_mixed,
     pattern,
     positions,
     same,
@@ -101,7 +104,13 @@ class Prover(Engine):
         division = self.divisions.get(canonical)
         if division is not None:
             dim, owner = division
-            value.place = Sharded(dim, (np.asarray(owner, dtype=np.int64),) * self.assignments, frozenset({canonical}))
+            owners = np.asarray(owner, dtype=np.int64)
+            value.place = Sharded(dim, (owners,) * self.assignments, frozenset({canonical}))
+            if value.grad and is_mixed((owners,)):
+                local = tuple(
+                    tuple(np.flatnonzero(owners[positions(owners, r)] == ALL).tolist()) for r in range(self.ranks)
+                )
+                value.ref = self.emit(runtime.Shared(dim, local), value)
             value.stored = canonical in self.stored_names
         return value
 
@@ -116,6 +125,7 @@ class Prover(Engine):
                     and isinstance(value.place, Sharded)
                     and not value.stored
                     and value.whole is None
+                    and not is_mixed(value.place.owners)
                 )
                 if not keep:
                     value = self.full(value, "it is an output of the model")
@@ -198,6 +208,8 @@ class Prover(Engine):
         return 0, owners
 
     def every_rank(self, owner: Any) -> bool:
+        if (owner == ALL).any():
+            return True
         return bool((np.bincount(owner, minlength=self.ranks)[: self.ranks] > 0).all())
 
     def gathers_after(self, weights: Sequence[str | None]) -> bool:
@@ -252,13 +264,36 @@ class Prover(Engine):
     def _gather(self, value: Value, place: Sharded, why: str) -> Value:
         described = pattern(place.owners)
         assert described is not None, "a placement that cannot be gathered was let through"
-        ref = self.emit(runtime.AllGather(place.dim, *_layout(described, self.ranks)), value)
-        self._note("all_gather", ref, value, place.origin)
+        if is_mixed(place.owners):
+            ref = self._gather_mixed(value, place, described)
+        else:
+            ref = self.emit(runtime.AllGather(place.dim, *_layout(described, self.ranks)), value)
+            self._note("all_gather", ref, value, place.origin)
         if why:
             name = self.node.name if self.node is not None else OUTPUT
             op = str(self.node.target) if self.node is not None else OUTPUT
             self.reasons.append(Gathered(name, op, why, place.origin, value.nbytes))
         return Value(ref, REPLICATED, value.shapes, value.dtype, value.grad)
+
+    def _gather_mixed(self, value: Value, place: Sharded, described: Pattern) -> Ref | None:
+        """Gather what is divided, and put what every rank holds in its place."""
+        if described.outer != 1 or described.inner != 1:
+            raise PlanError("a division of free size that is shared in part cannot be gathered")
+        owner, dim = described.base, place.dim
+        of = [owner[positions(owner, r)] for r in range(self.ranks)]
+        mine = PerRank(tuple(tuple(np.flatnonzero(o != ALL).tolist()) for o in of))
+        shared = PerRank(tuple(tuple(np.flatnonzero(o == ALL).tolist()) for o in of))
+        own = Pattern(owner[owner != ALL])
+        part = self.emit(runtime.take_indices, value, dim, mine)
+        own_ref = self.emit(runtime.AllGather(dim, *_layout(own, self.ranks)), part)
+        self._note("all_gather", own_ref, value, place.origin)
+        shared_ref = self.emit(runtime.take_indices, value, dim, shared)
+        joined = self.emit(torch.cat, [own_ref, self.leave(shared_ref) if value.grad else shared_ref], dim)
+        order = np.argsort(np.concatenate([np.flatnonzero(owner != ALL), np.flatnonzero(owner == ALL)]))
+        return self.emit(runtime.take_indices, joined, dim, tuple(order.tolist()))
+
+    def leave(self, ref: Ref | None) -> Ref | None:
+        return self.emit(runtime.Leave(), ref)
 
     def _note(self, kind: str, ref: Ref | None, value: Value, origin: frozenset[str]) -> None:
         assert ref is not None

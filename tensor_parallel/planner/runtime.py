@@ -97,6 +97,51 @@ class Enter:
         return list(values)
 
 
+@dataclass(frozen=True)
+class Leave(Enter):
+    """A shared piece of a divided value is used as a replicated one: each rank passes back its part of the gradient."""
+
+    kind = "leave"
+
+    def run(self, group: Group, value: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return value
+        scaled: Tensor = _ScaleGrad.apply(value, 1 / group.world_size, None, None)  # type: ignore[no-untyped-call]
+        return scaled
+
+
+@dataclass(frozen=True)
+class Shared(Enter):
+    """A parameter of which every rank holds some indices: their gradient, kept as parts, is made whole again.
+
+    ``index[r]`` lists rank ``r``'s local positions of them along ``dim``.
+    """
+
+    dim: int
+    index: tuple[tuple[int, ...], ...]
+    kind = "shared"
+
+    def run(self, group: Group, value: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return value
+        at = torch.tensor(self.index[group.rank], dtype=torch.long, device=value.device)
+        whole: Tensor = _ScaleGrad.apply(value, float(group.world_size), self.dim, at)  # type: ignore[no-untyped-call]
+        return whole
+
+
+class _ScaleGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float, dim: int | None, at: Tensor | None) -> Tensor:
+        ctx.factor, ctx.dim, ctx.at = factor, dim, at
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.dim is None:
+            return grad * ctx.factor, None, None, None
+        return grad.index_copy(ctx.dim, ctx.at, grad.index_select(ctx.dim, ctx.at) * ctx.factor), None, None, None
+
+
 Collective = AllReduce | AllGather | Enter
 
 

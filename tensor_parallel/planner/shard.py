@@ -86,6 +86,14 @@ class Shard:
             [torch.empty(0, dtype=torch.int64), *(torch.arange(start, stop) for start, stop in self.runs[rank])]
         )
 
+    def counted(self, rank: int) -> torch.Tensor | None:
+        """Local positions of the indices that no lower rank holds too, which a sum over ranks may count; None: all."""
+        if self.dim is None:
+            return None
+        lower = torch.cat([torch.empty(0, dtype=torch.int64), *(self.index(r) for r in range(rank))])
+        mine = ~torch.isin(self.index(rank), lower)
+        return None if bool(mine.all()) else mine.nonzero().flatten()
+
     def take(self, full: torch.Tensor, rank: int) -> torch.Tensor:
         """The rank's part of ``full``, contiguous and sharing no memory with it, so that the full tensor can be
         freed.

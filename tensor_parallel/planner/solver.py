@@ -16,7 +16,7 @@ from tensor_parallel.partition import split_sizes
 from tensor_parallel.planner.atoms import Atoms, TooFew
 from tensor_parallel.planner.engine import PARTIAL, REPLICATED, Engine, Value
 from tensor_parallel.planner.export import Traced
-from tensor_parallel.planner.placement import Owners, Place, Sharded, Undecided, Unproven
+from tensor_parallel.planner.placement import ALL, Owners, Place, Sharded, Undecided, Unproven
 from tensor_parallel.planner.program import Ref
 from tensor_parallel.planner.rules import PARTIAL_RULES, RULES
 from tensor_parallel.planner.tensors import Tensors
@@ -25,6 +25,8 @@ Division = tuple[int, tuple[int, ...]]
 """A dimension and the rank that owns each index along it."""
 
 _WORTH_ADDING = 4096  # bytes: a smaller bias is added sooner by one rank than by each its part
+_SHARED = 0.25  # of a weight: a piece up to this that cannot be divided as it is used is held by every rank
+_MOST = 0.5
 _WORTH = 0.002  # of all bytes: smaller lookup tables and computed weights are not worth a collective
 
 
@@ -69,7 +71,9 @@ class Solver(Engine):
         for name, choice in self.decided.items():
             if choice is not None:
                 dim, owners = choice
-                result[name] = (dim, tuple(int(r) for r in rank_of[owners[0]]))
+                ranks = tuple(int(r) for r in rank_of[owners[0]])
+                if any(rank != ALL for rank in ranks):
+                    result[name] = (dim, ranks)
         for name, mode in self.modes.items():
             if mode == "store":
                 shape = self.tensors.shape(name)
@@ -100,6 +104,12 @@ class Solver(Engine):
         left, right = a[0], b[0]
         if left.shape != right.shape:
             raise Unproven("different sizes")
+        shared = self.atoms.any_shared and self.atoms.is_shared(left)
+        if shared is not False and (shared.any() or self.atoms.is_shared(right).any()):
+            if (shared != self.atoms.is_shared(right)).any():
+                raise Unproven("some indices are shared on one side only")
+            self.atoms.union(left, right)
+            return a
         for labels in (left, right):
             if self.atoms.groups(labels) < self.ranks:
                 raise TooFew(self.atoms.weights(labels))
@@ -127,6 +137,8 @@ class Solver(Engine):
 
     def _join_rows(self, rows: np.ndarray) -> bool:
         """Join each row into one group, if enough groups remain."""
+        if self.atoms.any_shared and (self.atoms.is_shared(rows) != self.atoms.is_shared(rows[:, :1])).any():
+            return False
         roots = self.atoms.find(rows)
         first = np.broadcast_to(roots[:, :1], roots.shape)
         if rows.shape[0] < self.ranks or _groups_after(first.reshape(-1), roots.reshape(-1)) < self.ranks:
@@ -143,18 +155,25 @@ class Solver(Engine):
     def every_rank(self, owner: Any) -> bool:
         return self.atoms.groups(owner) >= self.ranks
 
+    def share(self, owners: Owners) -> bool:
+        return self.atoms.share(owners[0], _SHARED)
+
     def cut(self, owners: Owners) -> None:
         self.atoms.cut(owners[0])
 
     # ------------------------------------------------------------------ parameters
     def place(self, value: Value) -> Place:
         place = value.place
+        if isinstance(place, Sharded) and self.atoms.any_shared and self.atoms.is_shared(place.owners[0]).all():
+            return REPLICATED
         if not isinstance(place, Undecided) or place.param not in self.decided:
             return place
         choice = self.decided[place.param]
         if choice is None:
             return REPLICATED
         dim, owners = choice
+        if self.atoms.any_shared and self.atoms.is_shared(owners[0]).all():
+            return REPLICATED
         if dim in place.dims:
             return Sharded(place.dims.index(dim), owners, frozenset({place.param}))
         return PARTIAL if place.looked_up and dim == 0 else REPLICATED
@@ -252,6 +271,8 @@ class Solver(Engine):
         if self.place(value) is REPLICATED or value.place is REPLICATED:
             return value
         if value.whole is None:
+            if isinstance(value.place, Sharded):
+                self.share(value.place.owners)  # if it is small: held by all, it needs no gathering
             value.whole = Value(None, REPLICATED, value.shapes, value.dtype, value.grad)
         return value.whole
 
@@ -299,11 +320,14 @@ _CUTTING = ("select", "unbind", "split", "chunk", "split_with_sizes", "slice")
 
 
 def cut_dims(node: fx.Node) -> set[int]:
-    """Dimensions of a result that its consumers take apart (``q, k, v = x.unbind(2)``): no good for dividing."""
+    """Dimensions of a result that its consumers take apart (``q, k, v = x.unbind(2)``): no good for dividing.
+
+    Unless most of the dimension is one piece (the query heads of multi-query attention): the rest may be shared.
+    """
     fake = node.meta.get("val")
     if not isinstance(fake, torch.Tensor):
         return set()
-    found: set[int] = set()
+    largest: dict[int, float] = {}
     todo: list[tuple[fx.Node, list[int]]] = [(node, list(range(fake.ndim)))]
     while todo:
         current, order = todo.pop()
@@ -317,8 +341,18 @@ def cut_dims(node: fx.Node) -> set[int]:
             elif name in _CUTTING:
                 dim = _argument(user, "dim", 0)
                 if isinstance(dim, int) and not _whole_slice(name, user):
-                    found.add(order[dim % len(order)])
-    return found
+                    at = order[dim % len(order)]
+                    largest[at] = max(largest.get(at, 0.0), _largest_piece(name, user, current, dim))
+    return {at for at, share in largest.items() if share <= _MOST}
+
+
+def _largest_piece(name: str, user: fx.Node, source: fx.Node, dim: int) -> float:
+    """The share of ``source``'s dimension that the largest piece taken by ``user`` has."""
+    whole = source.meta["val"].shape[dim]
+    if name in ("select", "unbind") or not isinstance(whole, int):
+        return 0.0
+    pieces = user.meta["val"] if isinstance(user.meta["val"], (list, tuple)) else [user.meta["val"]]
+    return max((p.shape[dim] / whole for p in pieces if isinstance(p.shape[dim], int)), default=0.0)
 
 
 def _permuted(name: str, user: fx.Node, order: list[int]) -> list[int]:

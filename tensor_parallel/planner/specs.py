@@ -104,9 +104,10 @@ def index_bounds(traced: Traced) -> dict[fx.Node, tuple[int, int]]:
     inputs = {node for node in traced.inputs if node is not None}
     bounds: dict[fx.Node, tuple[int, int]] = {}
     for node in traced.graph.nodes:
-        if node.op != "call_function" or node.target is not aten.embedding.default:
+        lookup = _lookup(node)
+        if lookup is None:
             continue
-        table, ids = node.args[0], node.args[1]
+        table, ids = lookup
         rows = table.meta["val"].shape[0]
         source, shift = _source(ids)
         if source in inputs and isinstance(rows, int):
@@ -114,6 +115,18 @@ def index_bounds(traced: Traced) -> dict[fx.Node, tuple[int, int]]:
             known = bounds.get(source, (low, high))
             bounds[source] = (max(low, known[0]), min(high, known[1]))
     return bounds
+
+
+def _lookup(node: fx.Node) -> tuple[fx.Node, Any] | None:
+    """The table and the ids of an operation that reads rows of a matrix."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten.embedding.default:
+        return node.args[0], node.args[1]  # type: ignore[return-value]
+    if node.target is aten.index_select.default and node.args[1] == 0:
+        table, ids = node.args[0], node.args[2]
+        return (table, ids) if table.meta["val"].ndim == 2 else None  # type: ignore[union-attr, return-value]
+    return None
 
 
 def _source(node: Any) -> tuple[Any, int]:

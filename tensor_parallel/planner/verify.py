@@ -19,7 +19,7 @@ from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import simulate
 from tensor_parallel.planner.engine import Value
 from tensor_parallel.planner.export import Traced
-from tensor_parallel.planner.placement import Partial, Replicated, Sharded, positions
+from tensor_parallel.planner.placement import Partial, Replicated, Sharded, counts, positions
 from tensor_parallel.planner.program import map_refs
 from tensor_parallel.planner.prover import Prover
 from tensor_parallel.planner.shard import Shard
@@ -201,12 +201,12 @@ def _assemble(value: Any, locals_: list[Any]) -> list[Any]:
     if isinstance(place, Partial):
         return [sum(locals_[1:], locals_[0])]
     assert isinstance(place, Sharded)
-    size = sum(item.shape[place.dim] for item in locals_)
-    owner = next((o for o in place.owners if len(o) == size), None)
+    sizes = tuple(item.shape[place.dim] for item in locals_)
+    owner = next((o for o in place.owners if counts(o, len(locals_)) == sizes), None)
     if owner is None:
         return [None]
     shape = list(locals_[0].shape)
-    shape[place.dim] = size
+    shape[place.dim] = len(owner)
     whole = locals_[0].new_empty(shape)
     for rank, item in enumerate(locals_):
         whole.index_copy_(place.dim, torch.from_numpy(positions(owner, rank)), item)

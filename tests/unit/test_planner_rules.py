@@ -97,11 +97,10 @@ def local_inputs(values: list[Any], places: dict[int, Any], ranks: int) -> list[
 
 def run(prover: Prover, per_rank: list[list[Any]]) -> list[list[Any]]:
     program = prover.program
-    values = simulate.start(program, [PerRank] * len(program.inputs), lambda name, rank: None, {})
+    constants = {name: prover.traced.constants[name][1] for name in program.constants}
+    values = simulate.start(program, [PerRank] * len(program.inputs), lambda name, rank: None, constants)
     for position, number in enumerate(program.inputs):
         values[number] = [inputs[position] for inputs in per_rank]
-    for name, number in program.constants.items():
-        values[number] = [prover.traced.constants[name][1]] * program.ranks
     with torch.no_grad():
         for step in program.steps:
             simulate.execute(step, values, program.ranks)
@@ -278,6 +277,7 @@ MAY_GATHER: dict[str, tuple[Callable[..., Any], list[Any], dict[int, int]]] = {
     "slice from the end": (lambda a: a[..., -7:], [X], {0: 3}),
     "split along": (lambda a: a.split([5, 7], -1), [X], {0: 3}),
     "chunk along": (lambda a: a.chunk(2, 2), [X], {0: 2}),
+    "constant index along": (lambda a: a[:, :, [0, 3, 5, 6, 7, -7, 2, 4]], [X], {0: 2}),
     "slice written along": (lambda a, b: torch.slice_scatter(a, b, 2, 1, 4), [X, Y[:, :, :3]], {0: 2}),
     "index written along": (lambda a, b: torch.select_scatter(a, b, 2, 1), [X, Y[:, :, 0]], {0: 2}),
     "all written along": (lambda a, b: torch.slice_scatter(a, b, 2, 0, 8), [X, Y], {0: 2}),

@@ -69,6 +69,7 @@ def contract(
             e.commit_whole(value)
             part = e.enter(e.whole_now(value))
         return _gathered(e, operands, e.result(call, with_bias(refs, part), place))
+    e.exclusive(owners)
     ref = product(refs)
     if not e.solving:
         ref = _scaled_after(e, call, operands, out, refs, product, ref)

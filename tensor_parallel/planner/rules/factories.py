@@ -33,6 +33,8 @@ def random(e: Engine, call: Call) -> Any:
     place = e.sharded(value)
     kept = Sharded(place.dim, place.owners, place.origin)
     off = any(a.name == "train" for a in call.arguments) and call["train"] is False
+    if not off:
+        e.exclusive(place.owners)
     ref = e.replay(call) if off else e.replay_random(call)
     if isinstance(call.shapes, list):
         return [e.result(call, e.item(ref, i), kept, i) for i in range(len(call.shapes))]

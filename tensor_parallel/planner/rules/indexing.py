@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, fx
 
 from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import PARTIAL, Call, Engine, Value
+from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import Replicated, Sharded, Undecided, Unproven, positions
 from tensor_parallel.planner.program import PerRank
+from tensor_parallel.planner.rules.pieces import balanced
 from tensor_parallel.planner.rules.registry import rule
 
 aten = torch.ops.aten
@@ -42,6 +46,7 @@ def _rows(e: Engine, call: Call, table: Value, place: Sharded, ids: Any) -> Valu
     """Rows of a table divided by rows: zeros for other ranks' rows, a pending sum."""
     if e.solving:
         return e.result(call, None, PARTIAL)
+    e.exclusive(place.owners)
     owner = place.owners[0]
     if any(len(o) != len(owner) for o in place.owners):
         raise Unproven("rows of a table of free size")
@@ -87,9 +92,43 @@ def index(e: Engine, call: Call) -> Any:
         return result
     if is_lookup and e.is_sharded(value, 0):
         return _rows(e, call, value, e.sharded(value), e.emit(runtime.from_the_front, indices[0], value.shapes[0][0]))
+    if isinstance(place, Sharded) and used == [place.dim]:
+        return _constant_rows(e, call, value, place)
     if not isinstance(place, Sharded) or place.dim in used:
         raise Unproven("indexes the divided dimension")
     return e.result(call, e.replay(call), Sharded(mapping.index(place.dim), place.owners, place.origin))
+
+
+def _constant_rows(e: Engine, call: Call, value: Value, place: Sharded) -> Value:
+    """Indices of the divided dimension that are written into the model: ``x[..., [-2], :]``."""
+    asked = constant_of(e.traced, call.node.args[1][place.dim])  # type: ignore[index]
+    if asked is None or asked.ndim != 1 or asked.dtype == torch.bool:
+        raise Unproven("indexes the divided dimension")
+    index = asked.numpy()
+    owners = tuple(owner[index] for owner in place.owners)
+    balanced(e, owners)
+    e.cut(owners)
+    if e.solving:
+        return e.result(call, None, Sharded(place.dim, owners, place.origin))
+    if any(len(owner) != len(place.owners[0]) for owner in place.owners):
+        raise Unproven("indexes a dimension of free size")
+    local = []
+    for rank in range(e.ranks):
+        held = positions(place.owners[0], rank)
+        wanted = (index % len(place.owners[0]))[positions(owners[0], rank)]
+        local.append(tuple(np.searchsorted(held, wanted).tolist()))
+    ref = e.emit(runtime.take_indices, value, place.dim, PerRank(tuple(local)))
+    return e.result(call, ref, Sharded(place.dim, owners, place.origin))
+
+
+def constant_of(traced: Traced, node: Any) -> Tensor | None:
+    """The tensor that a node is, where it is a constant of the trace."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in _COPIES:
+        node = node.args[0]
+    return next((tensor for known, tensor in traced.constants.values() if known is node), None)
+
+
+_COPIES = (aten.lift_fresh_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)
 
 
 @rule("index_select")

@@ -39,6 +39,7 @@ def _scaled(e: Engine, call: Call, ref: Ref | None, owners: Owners, dim: int, va
 
 def _sum_of_moments(e: Engine, value: Value, dims: tuple[int, ...]) -> Value:
     """Moments of the local part, reduced over ranks."""
+    e.exclusive(e.sharded(value).owners)
     shape = tuple((*(1 if d in dims else s for d, s in enumerate(sizes)), 2) for sizes in value.shapes)
     pending = Value(
         e.emit(runtime.moments, value, dims), Partial(e.sharded(value).origin), shape, torch.float64, value.grad

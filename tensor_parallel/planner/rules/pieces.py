@@ -36,7 +36,7 @@ def slice_(e: Engine, call: Call) -> Any:
         _constant(e, call[name], default) for name, default in (("start", 0), ("end", None), ("step", 1))
     )
     owners = tuple(o[start:end:step] for o in place.owners)
-    _balanced(e, owners)
+    balanced(e, owners)
     e.cut(owners)
     if e.solving:
         return e.result(call, None, Sharded(dim, owners, place.origin))
@@ -66,9 +66,9 @@ def _constant(e: Engine, value: Any, default: Any) -> Any:
     return value
 
 
-def _balanced(e: Engine, owners: Owners) -> None:
+def balanced(e: Engine, owners: Owners) -> None:
     for owner in owners:
-        if not e.every_rank(owner):
+        if not e.every_rank(owner) and not e.share(owners):
             raise Unproven("a piece would lie on some ranks only")
 
 
@@ -99,7 +99,7 @@ def _split_divided(e: Engine, call: Call, value: Value, place: Sharded, dim: int
         pieces.append(tuple(o[at[k] : at[k] + shape[k][dim]] for k, o in enumerate(place.owners)))
         at = [a + shape[k][dim] for k, a in enumerate(at)]
     for piece in pieces:
-        _balanced(e, piece)
+        balanced(e, piece)
     for piece in pieces:
         e.cut(piece)
     if e.solving:

@@ -57,6 +57,7 @@ def total(e: Engine, call: Call) -> Any:
     dims = reduced_dims(call, value.ndim)
     if e.sharded(value).dim not in dims:
         return _passes(e, call, value, dims)
+    e.exclusive(e.sharded(value).owners)
     return e.result(call, e.replay(call), Partial(e.sharded(value).origin))
 
 
@@ -68,6 +69,7 @@ def mean(e: Engine, call: Call) -> Any:
     if place.dim not in dims:
         return _passes(e, call, value, dims)
     ref = None
+    e.exclusive(place.owners)
     if not e.solving:
         shares = _shares(e, place)
         ref = e.emit(torch.mul, e.replay(call), PerRank(shares))
@@ -91,6 +93,7 @@ def vector_norm(e: Engine, call: Call) -> Any:
     order = call["ord"]
     if order not in (1, 2, 1.0, 2.0) or call["dtype"] is not None:
         raise Unproven("a norm other than 1 or 2")
+    e.exclusive(e.sharded(value).owners)
     inner = e.emit(torch.abs if order == 1 else torch.square, value)
     summed = e.result(
         call, e.emit(aten.sum.dim_IntList, inner, sorted(dims), _keepdim(call)), Partial(e.sharded(value).origin)
