@@ -218,6 +218,8 @@ class Prover(Engine):
     # ------------------------------------------------------------------ writing the program
     def emit(self, fn: Any, *args: Any, **kwargs: Any) -> Ref | None:
         out = self.program.new_id()
+        if fn in _VIEWS:  # what was a view of the traced operand may not be one of a part, or of a gathered whole
+            fn = torch.ops.aten.reshape.default
         local_args = tuple(_reference(arg) for arg in args)
         local_kwargs = {name: _reference(arg) for name, arg in kwargs.items()}
         self.program.steps.append(
@@ -343,6 +345,9 @@ class Prover(Engine):
         return self.emit(
             runtime.take_pattern, whole, dim, indices, len(described.base), described.outer, described.inner
         )
+
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 def _reference(argument: Any) -> Any:
