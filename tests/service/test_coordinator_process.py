@@ -216,8 +216,7 @@ def secrets(pki):
     return ["correct-horse", *(line for line in keys if not line.startswith("-----"))]
 
 
-def test_mutual_tls_and_the_token_guard_everything_but_health(pki, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
+def test_mutual_tls_and_the_token_guard_everything_but_health(pki, tmp_path):
     arguments = [
         "--tls-cert",
         f"{pki}/server.pem",
@@ -244,6 +243,18 @@ def test_mutual_tls_and_the_token_guard_everything_but_health(pki, tmp_path, mon
             assert check(health_pb2_grpc.HealthStub(channel), "") == NOT_SERVING
             stream = channel.unary_stream("/tensor_parallel.v1.Coordinator/Load")
             assert failure(lambda: list(stream(b"", timeout=5))).code() is grpc.StatusCode.UNAUTHENTICATED
+        assert not [secret for secret in secrets(pki) if secret in process.log()]
+    finally:
+        process.close()
+
+
+def test_no_secret_is_in_what_a_crash_leaves(pki, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
+    tls = ["--tls-cert", f"{pki}/server.pem", "--tls-key", f"{pki}/server.key"]
+    arguments = [*tls, "--token-file", f"{pki}/token", "--shard-token-file", f"{pki}/token", "--log-level", "debug"]
+    process = CoordinatorProcess(NOWHERE, tmp_path, arguments=arguments)
+    try:
+        assert ask(process.await_address(), credentials(pki), "correct-horse").coordinator.pid == process.pid
         process.signal(signal.SIGABRT)
         assert process.wait() == -signal.SIGABRT
         assert "Fatal Python error" in process.log()

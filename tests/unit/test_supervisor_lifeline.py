@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.supervisor import lifeline
-
-EXECUTE, GUARDIAN = (str(Path(lifeline.__file__).parent / name) for name in ("execute.py", "guardian.py"))
+# The supervisor runs them by path, with -I -S; coverage sees them only as modules.
+EXECUTE, GUARDIAN = (["-m", f"coordinator.supervisor.{name}"] for name in ("execute", "guardian"))
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
 def execute(parent: int, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, EXECUTE, str(parent), *command], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, *EXECUTE, str(parent), *command], capture_output=True, text=True, timeout=30, check=False
     )
 
 
@@ -41,7 +40,7 @@ def test_whose_parent_has_gone_already_never_starts() -> None:
 STARTER = """
 import os, subprocess, sys, time
 program = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"]
-child = subprocess.Popen([sys.executable, sys.argv[1], str(os.getpid()), *program], stdout=subprocess.PIPE)
+child = subprocess.Popen([sys.executable, *sys.argv[1:], str(os.getpid()), *program], stdout=subprocess.PIPE)
 child.stdout.readline()
 print(child.pid, flush=True)
 time.sleep(60)
@@ -49,7 +48,7 @@ time.sleep(60)
 
 
 def test_the_program_dies_with_its_starter() -> None:
-    starter = subprocess.Popen([sys.executable, "-c", STARTER, EXECUTE], stdout=subprocess.PIPE, text=True)
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, *EXECUTE], stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None
     child = int(starter.stdout.readline())
     starter.kill()
@@ -64,7 +63,7 @@ class Guarded:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         (directory / "inside").mkdir(parents=True)
-        self.guardian = subprocess.Popen([sys.executable, GUARDIAN, str(directory)], stdin=subprocess.PIPE, text=True)
+        self.guardian = subprocess.Popen([sys.executable, *GUARDIAN, str(directory)], stdin=subprocess.PIPE, text=True)
         self.group = subprocess.Popen(SLEEP, process_group=0)
 
     def say(self, line: str) -> None:
