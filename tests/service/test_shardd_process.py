@@ -20,7 +20,7 @@ import pytest
 from google.protobuf import message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from protos.tensor_parallel.v1 import shard_pb2
+from protos.tensor_parallel.v1 import shard_pb2, shard_pb2_grpc
 from tests.service import shard_models
 from tests.service.daemons import REPOSITORY, Daemons, Shardd, wait_for
 from tests.service.shard_client import Rank, Ranks, wire
@@ -385,6 +385,39 @@ def test_no_secret_reaches_the_log(
         assert token not in log
         assert token[:-1] not in log
         assert not any(line in log for line in key.splitlines() if not line.startswith("-----"))
+    finally:
+        daemon.close()
+
+
+def test_a_replaced_certificate_is_shown_to_new_connections(
+    tmp_path: Path, basics: list[str], certificates: Path
+) -> None:
+    """By a certificate manager that renews it, while the daemon runs."""
+
+    def install(name: str) -> None:
+        for suffix in (".key", ".pem"):
+            (tmp_path / f"new{suffix}").write_bytes((certificates / f"{name}{suffix}").read_bytes())
+            os.replace(tmp_path / f"new{suffix}", tmp_path / f"shown{suffix}")
+
+    def reached(authority: str) -> bool:
+        trusted = grpc.ssl_channel_credentials((certificates / f"{authority}.pem").read_bytes())
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        with grpc.secure_channel(daemon.address, trusted, options) as channel:
+            stub = shard_pb2_grpc.ShardStub(channel)
+            try:
+                return stub.Status(shard_pb2.StatusRequest(), timeout=10).pid == daemon.pid
+            except grpc.RpcError:
+                return False
+
+    install("server")
+    tls = ["--tls-cert", str(tmp_path / "shown.pem"), "--tls-key", str(tmp_path / "shown.key")]
+    daemon = start(tmp_path, [*basics, "--listen", "127.0.0.1:0", *tls])
+    try:
+        assert [reached("ca"), reached("other")] == [True, False]
+        install("stranger")
+        assert [reached("ca"), reached("other")] == [False, True]
+        (tmp_path / "shown.pem").unlink()
+        assert reached("other")
     finally:
         daemon.close()
 
