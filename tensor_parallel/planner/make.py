@@ -122,9 +122,14 @@ def plan_skeleton(
         )
     except PlanError as error:
         log.warning("%s: %s; falling back to layers sharded one by one", type(twin).__name__, error)
-        from tensor_parallel.planner.fallback import plan_modules
+        reason = str(error)
+    except Exception as error:
+        # A fault of the planner must not keep a model from being served: the fallback needs nothing of what failed.
+        log.exception("%s: the planner failed; falling back to layers sharded one by one", type(twin).__name__)
+        reason = f"the planner failed: {type(error).__name__}: {error}"
+    from tensor_parallel.planner.fallback import plan_modules
 
-        return plan_modules(twin, tensors, args, kwargs, world_size, reason=str(error), fixed=fixed)
+    return plan_modules(twin, tensors, args, kwargs, world_size, reason=reason, fixed=fixed)
 
 
 def _on_cpu(tree: Any) -> Any:
