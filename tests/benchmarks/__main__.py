@@ -48,6 +48,12 @@ def _scaling(_: argparse.Namespace) -> list[Report]:
     return [scaling()]
 
 
+def _minilm(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.minilm import minilm
+
+    return [minilm()]
+
+
 def _loading(_: argparse.Namespace) -> list[Report]:
     from tests.benchmarks.loading import loading
 
@@ -71,6 +77,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Report]]] = {
     "scaling": _scaling,
     "overhead": _overhead,
     "served": _served,
+    "minilm": _minilm,
     "loading": _loading,
     "planner": _planner,
     "scale": _scale,

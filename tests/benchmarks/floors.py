@@ -43,15 +43,17 @@ def elementwise(threads: int) -> Callable[[np.ndarray], np.ndarray]:
 def _serve(pipe: Connection, width: int, hidden: int, threads: int) -> None:
     import grpc
 
-    call = in_process(width, hidden, threads)
+    def method(call: Callable[[np.ndarray], np.ndarray]) -> grpc.RpcMethodHandler:
+        async def forward(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+            return call(np.frombuffer(request, np.float32).reshape(-1, width)).tobytes()
 
-    async def forward(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        return call(np.frombuffer(request, np.float32).reshape(-1, width)).tobytes()
+        return grpc.unary_unary_rpc_method_handler(forward)
+
+    methods = {"mlp": method(in_process(width, hidden, threads)), "identity": method(elementwise(threads))}
 
     async def run() -> None:
         server = grpc.aio.server(options=LIMITS)
-        handler = grpc.unary_unary_rpc_method_handler(forward)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", {"Forward": handler}),))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", methods),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         pipe.send(port)
@@ -61,8 +63,8 @@ def _serve(pipe: Connection, width: int, hidden: int, threads: int) -> None:
 
 
 @contextlib.contextmanager
-def bare_grpc(width: int, hidden: int, threads: int) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
-    """A client's function for a one-hop grpc.aio server that holds the unsharded model and sends bare bytes."""
+def bare_grpc(width: int, hidden: int, threads: int) -> Iterator[dict[str, Callable[[np.ndarray], np.ndarray]]]:
+    """A client's functions for a one-hop grpc.aio server that holds the unsharded models and sends bare bytes."""
     import grpc
 
     ours, theirs = mp.Pipe()
@@ -72,10 +74,17 @@ def bare_grpc(width: int, hidden: int, threads: int) -> Iterator[Callable[[np.nd
         if not ours.poll(60):
             raise RuntimeError("the bare server did not come up")
         with grpc.insecure_channel(f"127.0.0.1:{ours.recv()}", options=LIMITS) as channel:
-            stub = channel.unary_unary("/bare/Forward")
-            yield lambda x: np.frombuffer(stub(x.tobytes(), wait_for_ready=True, timeout=60), np.float32).reshape(
-                x.shape
-            )
+
+            def method(name: str) -> Callable[[np.ndarray], np.ndarray]:
+                stub = channel.unary_unary(f"/bare/{name}")
+
+                def call(x: np.ndarray) -> np.ndarray:
+                    answer = stub(x.tobytes(), wait_for_ready=True, timeout=60)
+                    return np.frombuffer(answer, np.float32).reshape(x.shape)
+
+                return call
+
+            yield {name: method(name) for name in ("mlp", "identity")}
     finally:
         server.kill()
         server.join()

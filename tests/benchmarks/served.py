@@ -75,7 +75,7 @@ def _contenders(
     """What runs in this process or bare, by case; and the servers' addresses. All are up at once."""
     floors = {
         "torch in process, 2 threads": {"mlp": in_process(WIDTH, HIDDEN, 2), "identity": elementwise(2)},
-        "bare grpc.aio, one process": {"mlp": stack.enter_context(bare_grpc(WIDTH, HIDDEN, 2))},
+        "bare grpc.aio, one process": stack.enter_context(bare_grpc(WIDTH, HIDDEN, 2)),
     }
     allowed = ["--allow-factory", FACTORY, "--allow-factory", IDENTITY]
     servers = {OURS: stack.enter_context(up(2, extra=allowed, shared_memory=PREFIX))}
