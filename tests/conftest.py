@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Hundreds of processes import our packages; the first compiles them.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 SHARED_MEMORY = Path("/dev/shm")
 
