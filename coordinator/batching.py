@@ -74,6 +74,12 @@ class Queue:
         self._timer: asyncio.TimerHandle | None = None
         self.depth = 0
 
+    def check(self) -> None:
+        """Raises ResourceExhausted when one more would be refused whatever it is: before its tensors are copied."""
+        batches = max(1, self._batches)
+        if not self._admission.admits(self.depth + 1, batches, self._pipeline.running(), self._loop.time()):
+            raise self._full()
+
     def submit(self, ticket: Ticket) -> None:
         """Raises ResourceExhausted when too many wait. The ticket's future is answered sooner or later."""
         batches = self._batches + self._change(ticket, 1)

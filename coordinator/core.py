@@ -132,6 +132,7 @@ class Core:
         shared = [value.region for value in request.inputs if value.region is not None]
         if not shared and not request.output_regions:
             return await self._forwarder.run(request)
+        self._forwarder.queue.check()
         inward = sum(region.byte_size for region in shared)
         generation = self._fleet.generation
         rooms = self._regions.rooms(request, generation.room) if generation is not None else {}

@@ -345,3 +345,15 @@ def test_one_slow_batch_is_no_overload():
     for _ in range(20):  # but many are
         admission.took(1.0)
     assert not admission.admits(60, 60, 2, now=2.0)
+
+
+def test_what_would_be_refused_anyway_is_told_before_it_is_copied():
+    async def scenario(queue, ranks):
+        queue.check()
+        flood(queue, 2 + 16)
+        with pytest.raises(ResourceExhausted):
+            queue.check()
+        ranks.finish(queue)
+        queue.check()
+
+    overloaded(scenario, Admission(16, 2.5))
