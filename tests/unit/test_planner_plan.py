@@ -1,0 +1,84 @@
+"""A plan is data: written down, read back, compared, shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tensor_parallel import Group
+from tensor_parallel.errors import PlanError
+from tensor_parallel.planner import instantiate, make_plan
+from tensor_parallel.planner.plan import Plan
+from tensor_parallel.planner.shard import Shard
+
+
+class Lookup(nn.Module):
+    """An input with bounds, an output that stays divided, and weights of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(40, 16, dtype=torch.bfloat16)
+        self.head = nn.Linear(16, 40, bias=False, dtype=torch.bfloat16)
+        self.register_buffer("scale", torch.ones(16, dtype=torch.bfloat16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids) * self.scale)
+
+
+class Branching(Lookup):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) if int(ids.sum()) >= 0 else ids
+
+
+IDS = {"ids": torch.randint(0, 40, (2, 5))}
+
+
+@pytest.fixture(params=["graph", "modules"])
+def plan(request) -> Plan:
+    made = make_plan(Lookup() if request.param == "graph" else Branching(), IDS, 3, gather_outputs=False)
+    assert made.mode == request.param
+    return made
+
+
+def test_what_was_written_is_read_back(plan: Plan) -> None:
+    again = Plan.from_json(plan.to_json())
+    assert again.to_json() == plan.to_json()
+    assert again.digest() == plan.digest()
+    assert again == replace(plan, artifact=None)
+    assert again.summary() == plan.summary()
+
+
+def test_the_digest_tells_plans_apart_and_not_how_they_were_verified(plan: Plan) -> None:
+    assert replace(plan, verified="by somebody else").digest() == plan.digest()
+    assert make_plan(Lookup(), IDS, 2).digest() != plan.digest()
+    name = next(name for name, shard in plan.shards.items() if shard.dim is not None)
+    whole = dict(plan.shards) | {name: Shard.replicated()}
+    assert replace(plan, shards=whole).digest() != plan.digest()
+
+
+def test_people_see_where_every_tensor_is_and_what_is_communicated(plan: Plan) -> None:
+    shown = str(plan)
+    assert shown.startswith(f"{plan.mode} plan for 3 ranks: ")
+    assert "  embed.weight  dim " in shown
+    assert "  scale  whole" in shown
+    for each in plan.collectives:
+        assert f"{each.kind} of {each.nbytes} bytes at {each.where}" in shown
+    assert ("note: not planned as a graph" in shown) == (plan.mode == "modules")
+
+
+def test_a_graph_read_from_text_has_no_program_to_run() -> None:
+    plan = Plan.from_json(make_plan(Lookup(), IDS, 1).to_json())
+    model = Lookup()
+    with pytest.raises(PlanError, match="read from text"):
+        instantiate(plan, model, rank=0, group=Group(0, 1), read=lambda name, shard: model.state_dict()[name])
+
+
+@pytest.mark.parametrize("name", ["float99", "nn", "__name__"])
+def test_a_dtype_that_is_none_is_refused(plan: Plan, name: str) -> None:
+    text = plan.to_json().replace('"torch.int64"', f'"torch.{name}"')
+    with pytest.raises(ValueError, match="is not a dtype"):
+        Plan.from_json(text)
