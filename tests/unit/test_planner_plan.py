@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from tensor_parallel import Group
 from tensor_parallel.errors import PlanError
-from tensor_parallel.planner import instantiate, make_plan
+from tensor_parallel.planner import Network, describe, instantiate, make_plan
 from tensor_parallel.planner.plan import Plan
 from tensor_parallel.planner.shard import Shard
 
@@ -68,6 +69,18 @@ def test_people_see_where_every_tensor_is_and_what_is_communicated(plan: Plan) -
     for each in plan.collectives:
         assert f"{each.kind} of {each.nbytes} bytes at {each.where}" in shown
     assert ("note: not planned as a graph" in shown) == (plan.mode == "modules")
+
+
+def test_programs_are_told_bytes_times_and_whether_it_fits(plan: Plan) -> None:
+    fullest = max(plan.bytes_per_rank)
+    told = describe(plan, device_memory=fullest)
+    assert json.loads(json.dumps(told)) == told
+    assert (told["ranks"], told["mode"], told["digest"]) == (3, plan.mode, plan.digest())
+    assert told["fits"]
+    assert not describe(plan, device_memory=fullest - 1)["fits"]
+    assert describe(plan)["fits"] is None
+    slow = describe(plan, network=Network(latency=1e-3, bandwidth=1e6))
+    assert slow["predicted_seconds"] > told["predicted_seconds"] > 0
 
 
 def test_a_graph_read_from_text_has_no_program_to_run() -> None:
