@@ -45,11 +45,14 @@ class MultiQuery(nn.Module):
 
 
 class Scan(nn.Module):
-    """A state space block: channels by head, one input matrix for all heads, a depthwise convolution over both."""
+    """A state space block: channels by head, one input matrix for all heads, a depthwise convolution over both.
 
-    def __init__(self) -> None:
+    The input matrix could be divided as well, by ``state``; but a product of activations would then be a sum of ranks'.
+    """
+
+    def __init__(self, state: int) -> None:
         super().__init__()
-        self.inner, self.state = WIDTH, 1
+        self.inner, self.state = WIDTH, state
         self.project = nn.Linear(WIDTH, 2 * self.inner + self.state)
         both = self.inner + self.state
         self.conv = nn.Conv1d(both, both, 3, padding=2, groups=both)
@@ -67,7 +70,8 @@ class Scan(nn.Module):
 KINDS: dict[str, Any] = {
     "split": MultiQuery,
     "view": lambda: MultiQuery(by_view=True),
-    "scan": Scan,
+    "scan of one state": lambda: Scan(1),
+    "scan of several states": lambda: Scan(4),
 }
 
 
@@ -76,7 +80,9 @@ def build(kind: str) -> nn.Module:
     return KINDS[kind]().double()
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("split", 2), ("view", 3), ("scan", 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("split", 2), ("view", 3), ("scan of one state", 2), ("scan of several states", 2)]
+)
 def test_one_all_reduce_and_results_gradients_norms_and_checkpoints_are_the_models(kind: str, ranks: int):
     model, x = build(kind), torch.randn(2, 5, WIDTH, dtype=torch.float64)
     whole = x.clone().requires_grad_()

@@ -51,6 +51,8 @@ def contract(
     letter, owners, origin = _choose(e, operands)
     if letter is None:
         raise Unproven("no operand is divided along a dimension of the product")
+    if letter not in out and all(value.weight is None for value, _ in operands) and e.share(owners):
+        return e.visit_again(call)  # a small piece of a weight (an input matrix of all heads), rather than a large sum
     # A whole activation cut only for this product: the sum that follows could be avoided.
     avoidable = any(v.weight is None and letter in ls and not e.is_sharded(v) for v, ls in operands)
     refs: list[Ref | None] = []
