@@ -8,11 +8,13 @@ their last use, so that activations live as long as in eager code.
 from __future__ import annotations
 
 import linecache
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tensor_parallel.group import Group
 from tensor_parallel.planner.program import PerRank, Program, Ref, Step, refs_in
@@ -47,6 +49,9 @@ _DIRECT: dict[Any, Callable[..., Any]] = {
     aten.tanh.default: torch.tanh,
 }
 
+_ALLOCATING = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default)
+"""Their results share memory with nothing."""
+
 
 def _getitem(value: Any, index: int) -> Any:
     return value[index]
@@ -57,9 +62,10 @@ def generate(
 ) -> tuple[Callable[..., Any], str]:
     """``fn(inputs, states, constants) -> (outputs, updates)`` for ``rank``, and its source.
 
-    With ``record_entries`` False the steps that matter to gradients only are left out.
+    With ``record_entries`` False, which is for calls that record no gradient, the steps that matter to gradients only
+    are left out, and a sum over ranks takes over the memory of what nothing else needs.
     """
-    from tensor_parallel.planner.runtime import Enter
+    from tensor_parallel.planner.runtime import AllReduce, Enter
 
     scope: dict[str, Any] = {}
     names: dict[int, str] = {}
@@ -72,6 +78,8 @@ def generate(
         else:
             steps.append(step)
     last = _last_uses(steps, program, alias)
+    made_by = {step.out: step.fn for step in steps}
+    uses = Counter(_root(alias, number) for step in steps for number in refs_in(step))
     lines = ["def forward(inputs, states, constants):"]
     for what, numbers in (
         ("inputs", program.inputs),
@@ -81,6 +89,11 @@ def generate(
         if numbers:
             lines.append(f"    {', '.join(f'v{n}' for n in numbers)}, = {what}")
     for step in steps:
+        if isinstance(step.fn, AllReduce) and not record_entries:
+            number = _root(alias, step.args[0].id)
+            alone = uses[number] == 1 and number in last.get(step.out, ())  # a view of it would be another use
+            if alone and made_by.get(number) in _ALLOCATING:
+                step = replace(step, fn=_SumInPlace(group))
         lines.append("    " + writer.statement(step, group))
         dead = [n for n in last.get(step.out, ()) if n != step.out]
         if dead:
@@ -94,6 +107,16 @@ def generate(
     exec(compile(source, filename, "exec"), scope)
     del names
     return scope["forward"], source
+
+
+@dataclass(frozen=True)
+class _SumInPlace:
+    """AllReduce without a copy, of a value that nothing else needs."""
+
+    group: Group
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return self.group.all_reduce_sum_(value if value.is_contiguous() else value.contiguous())
 
 
 def _root(alias: dict[int, int], number: int) -> int:
@@ -128,7 +151,9 @@ class _Writer:
 
         if step.fn is operator.getitem and isinstance(step.args[1], int):
             return f"v{step.out} = {self.expression(step.args[0])}[{step.args[1]}]"
-        if hasattr(step.fn, "simulate"):
+        if isinstance(step.fn, _SumInPlace):
+            name = self.constant(step.fn, f"all_reduce_{step.out}")
+        elif hasattr(step.fn, "simulate"):
             collective: Any = step.fn
             name = self.constant(_bound(collective.run, group), f"{collective.kind}_{step.out}")
         else:
