@@ -65,7 +65,7 @@ def generate(
     With ``record_entries`` False, which is for calls that record no gradient, the steps that matter to gradients only
     are left out, and a sum over ranks takes over the memory of what nothing else needs.
     """
-    from tensor_parallel.planner.runtime import AllReduce, Enter
+    from tensor_parallel.planner.runtime import AllReduce, Enter, add_part
 
     scope: dict[str, Any] = {}
     names: dict[int, str] = {}
@@ -78,8 +78,16 @@ def generate(
         else:
             steps.append(step)
     last = _last_uses(steps, program, alias)
-    made_by = {step.out: step.fn for step in steps}
+    made_by = {step.out: step for step in steps}
     uses = Counter(_root(alias, number) for step in steps for number in refs_in(step))
+
+    def owned(number: int) -> bool:
+        """Nothing but the step that follows sees its memory: a view of it would be another use."""
+        step = made_by.get(number)
+        if step is None or uses[number] != 1:
+            return False
+        return step.fn in _ALLOCATING or (step.fn is add_part and owned(_root(alias, step.args[0].id)))
+
     lines = ["def forward(inputs, states, constants):"]
     for what, numbers in (
         ("inputs", program.inputs),
@@ -91,8 +99,7 @@ def generate(
     for step in steps:
         if isinstance(step.fn, AllReduce) and not record_entries:
             number = _root(alias, step.args[0].id)
-            alone = uses[number] == 1 and number in last.get(step.out, ())  # a view of it would be another use
-            if alone and made_by.get(number) in _ALLOCATING:
+            if owned(number) and number in last.get(step.out, ()):
                 step = replace(step, fn=_SumInPlace(group))
         lines.append("    " + writer.statement(step, group))
         dead = [n for n in last.get(step.out, ()) if n != step.out]

@@ -11,7 +11,7 @@ from torch import Tensor
 from tensor_parallel.group import Group
 from tensor_parallel.planner.codegen import generate
 from tensor_parallel.planner.program import Program, Ref, Step
-from tensor_parallel.planner.runtime import AllReduce
+from tensor_parallel.planner.runtime import AllReduce, add_part
 
 aten = torch.ops.aten
 
@@ -39,8 +39,23 @@ def _program(*steps: tuple[Any, tuple[Any, ...]], outputs: list[int]) -> Program
 
 
 LINEAR, SUM = aten.linear.default, AllReduce()
+BIAS = torch.ones(1)
 CASES = {
     "alone": (_program((LINEAR, (0, 1)), (SUM, (2,)), outputs=[3]), True),
+    "with this rank's part of a bias": (
+        _program((LINEAR, (0, 1)), (add_part, (2, BIAS, 1.0, range(1))), (SUM, (3,)), outputs=[4]),
+        True,
+    ),
+    "with a bias, and used before it": (
+        _program(
+            (LINEAR, (0, 1)),
+            (aten.view.default, (2, (12,))),
+            (add_part, (2, BIAS, 1.0, range(1))),
+            (SUM, (4,)),
+            outputs=[5, 3],
+        ),
+        False,
+    ),
     "is an output too": (_program((LINEAR, (0, 1)), (SUM, (2,)), outputs=[3, 2]), False),
     "is used later": (_program((LINEAR, (0, 1)), (SUM, (2,)), (aten.neg.default, (2,)), outputs=[3, 4]), False),
     "a view of it lives on": (
