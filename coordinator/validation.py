@@ -35,7 +35,8 @@ def check(request: InferRequest, entry: ModelVersion) -> int:
         raise InvalidArgument(f"input {missing[0]!r} of model {entry.name!r} is missing")
     if not given:
         raise InvalidArgument(f"the request has no inputs (model {entry.name!r} takes {_names(specs)})")
-    _check_outputs(request, [spec.name for spec in info.outputs], entry.name)
+    if request.outputs or request.output_regions:
+        _check_outputs(request, [spec.name for spec in info.outputs], entry.name)
     rows = leading_size(request.inputs)
     limit = info.batching.max_batch_size
     batch = max((value.shape[0] for value in request.inputs if value.shape), default=0)
@@ -59,20 +60,27 @@ def check_tensor(value: TensorValue, spec: tensor_pb2.TensorSpec) -> None:
 
 
 def _check_shape(value: TensorValue, wanted: Sequence[int]) -> None:
-    shown = "[" + ", ".join("*" if size == FREE else str(size) for size in wanted) + "]"
     if len(value.shape) != len(wanted):
         raise InvalidArgument(
-            f"input {value.name!r} has {len(value.shape)} dimensions {list(value.shape)}, the model takes {shown}"
+            f"input {value.name!r} has {len(value.shape)} dimensions {list(value.shape)}, the model takes "
+            f"{_shown(wanted)}"
         )
-    if any(size not in (FREE, actual) for size, actual in zip(wanted, value.shape, strict=True)):
-        raise InvalidArgument(f"input {value.name!r} has shape {list(value.shape)}, the model takes {shown}")
+    for size, actual in zip(wanted, value.shape, strict=True):
+        if size != actual and size != FREE:
+            raise InvalidArgument(
+                f"input {value.name!r} has shape {list(value.shape)}, the model takes {_shown(wanted)}"
+            )
     if 0 in value.shape:
         raise InvalidArgument(f"input {value.name!r} is empty: its shape is {list(value.shape)}")
 
 
+def _shown(wanted: Sequence[int]) -> str:
+    return "[" + ", ".join("*" if size == FREE else str(size) for size in wanted) + "]"
+
+
 def check_bounds(value: TensorValue, spec: tensor_pb2.TensorSpec) -> None:
     """Indices outside their table: the sharded lookup would turn them into silent zeros, or fail on the ranks."""
-    if not (spec.HasField("minimum") or spec.HasField("maximum")) or not value.dtype.is_integer:
+    if not value.dtype.is_integer or not (spec.HasField("minimum") or spec.HasField("maximum")):
         return
     elements = np.frombuffer(value.data or b"", dtype=value.dtype.storage_dtype)
     low, high = int(elements.min()), int(elements.max())

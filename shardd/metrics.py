@@ -46,6 +46,7 @@ class Metrics:
         self._copy = self._histogram("shardd_copy_seconds", "Taking inputs in and outputs out, per forward", both)
         self._per_model = (self._forward, self._collective, self._copy)
         self._commands = Counter("shardd_commands", "Commands by result", ("rank", "result"), registry=self.registry)
+        self._results: dict[str, Counter] = {}
         self._bytes = Counter("shardd_load_bytes", "Weight bytes read", ("rank",), registry=self.registry)
 
     def _histogram(self, name: str, text: str, labels: tuple[str, ...]) -> Histogram:
@@ -66,7 +67,10 @@ class Metrics:
         series.copy.observe(result.copy_seconds)
 
     def command(self, result: str) -> None:
-        self._commands.labels(self._rank, result).inc()
+        counter = self._results.get(result)
+        if counter is None:
+            counter = self._results[result] = self._commands.labels(self._rank, result)
+        counter.inc()
 
     def loaded(self, size: int) -> None:
         self._bytes.labels(self._rank).inc(size)
