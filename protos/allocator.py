@@ -7,7 +7,6 @@ it again: a third of the time that a 16 MiB tensor spends in a process. Here, be
 from __future__ import annotations
 
 import contextlib
-import ctypes
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 MMAP_THRESHOLD = 32 << 20  # bytes; the most that glibc takes
@@ -17,7 +16,9 @@ TOP_PAD = 64 << 20  # address space; pages cost nothing until they are touched
 
 def keep_freed_memory() -> None:
     """At most ``TRIM_THRESHOLD`` bytes at the end of the heap stay this process's. Elsewhere than on glibc: nothing."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(ImportError, MemoryError, OSError, AttributeError):  # importing it may be refused memory
+        import ctypes
+
         library = ctypes.CDLL(None)
         library.gnu_get_libc_version  # noqa: B018  (others have a mallopt that does nothing)
         library.mallopt(_MMAP_THRESHOLD, MMAP_THRESHOLD)
