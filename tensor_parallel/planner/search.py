@@ -30,6 +30,7 @@ _WORK = 40_000  # graph nodes walked by one search
 _RESTARTS = 50
 _LARGE = 0.004  # of all bytes: a replicated weight above it is worth trying to store divided
 Class = tuple[str, tuple[int, ...]]
+Move = tuple[tuple[Class, ...], str]
 
 
 @dataclass
@@ -58,27 +59,44 @@ def search(
     size = max(1, len(traced.graph.nodes))
     budget = tries if tries is not None else min(120, max(6, _WORK // size))
     best = evaluate(traced, tensors, ranks, network, {}, gather_outputs)
-    seen: set[tuple[tuple[str, str], ...]] = set()
+    tried: set[tuple[tuple[str, str], ...]] = set()
     classes = _classes(tensors)
+
+    def attempt(move: Move) -> Candidate | None:
+        """The plan after one change of ``best``, unless it was tried, cannot be proven, or too many were."""
+        nonlocal budget
+        groups, mode = move
+        modes = {**best.modes, **{name: mode for group in groups for name in classes[group]}}
+        key = tuple(sorted(modes.items()))
+        if key in tried or budget <= 0:
+            return None
+        tried.add(key)
+        budget -= 1
+        try:
+            found = evaluate(traced, tensors, ranks, network, modes, gather_outputs)
+        except PlanError:
+            return None
+        return found if found.score < best.score - 1e-9 else None
+
     improved = True
     while improved and budget > 0:
         improved = False
-        for groups, mode in _moves(best, tensors, classes, ranks):
-            modes = {**best.modes, **{name: mode for group in groups for name in classes[group]}}
-            key = tuple(sorted(modes.items()))
-            if key in seen:
-                continue
-            seen.add(key)
-            budget -= 1
-            try:
-                found = evaluate(traced, tensors, ranks, network, modes, gather_outputs)
-            except PlanError:
-                continue
-            if found.score < best.score - 1e-9:
-                log.debug("%s %s: %.4f -> %.4f", mode, [g[0] for g in groups], best.score, found.score)
+        moves = _moves(best, tensors, classes, ranks)
+        if budget >= 3 * len(moves):  # the best first: an early gain may bar the way to a greater one
+            gains: list[tuple[float, Move]] = []
+            top = best
+            for move in moves:
+                found = attempt(move)
+                if found is not None:
+                    gains.append((found.score, move))
+                    top = min(top, found, key=lambda candidate: candidate.score)
+            best, improved = top, bool(gains)
+            moves = [move for _, move in sorted(gains)[1:]]
+        for move in moves:
+            found = attempt(move)
+            if found is not None:
+                log.debug("%s %s: %.4f -> %.4f", move[1], [g[0] for g in move[0]], best.score, found.score)
                 best, improved = found, True
-            if budget <= 0:
-                break
     return best
 
 
@@ -142,9 +160,7 @@ def _class(name: str, shape: tuple[int, ...]) -> Class:
     return re.sub(r"\d+", "*", name), shape
 
 
-def _moves(
-    best: Candidate, tensors: Tensors, classes: Mapping[Class, list[str]], ranks: int
-) -> list[tuple[tuple[Class, ...], str]]:
+def _moves(best: Candidate, tensors: Tensors, classes: Mapping[Class, list[str]], ranks: int) -> list[Move]:
     """Changes worth trying, the most promising first: of one class of weights, then of all behind a collective."""
     blame: dict[Class, int] = defaultdict(int)
     together: dict[tuple[Class, ...], None] = {}
@@ -154,7 +170,7 @@ def _moves(
             blame[group] += item.nbytes + 1
         if len(behind) > 1:
             together[tuple(sorted(behind))] = None
-    moves: list[tuple[tuple[Class, ...], str]] = []
+    moves: list[Move] = []
     for group in sorted(blame, key=lambda g: (-blame[g], g)):
         modes = [mode for mode in ("gather", "rep", "in") if best.modes.get(classes[group][0]) != mode]
         moves.extend(((group,), mode) for mode in modes)
@@ -162,6 +178,7 @@ def _moves(
             moves.append(((group,), "auto"))
     moves.extend((groups, "rep") for groups in together)
     changed = tuple(g for g in sorted(classes) if best.modes.get(classes[g][0]) in ("in", "gather"))
+    moves.extend(((group,), "auto") for group in changed if group not in blame)
     if len(changed) > 1:
         moves.append((changed, "auto"))
     whole: dict[Class, int] = defaultdict(int)
