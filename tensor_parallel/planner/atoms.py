@@ -11,13 +11,15 @@ grouped queries and tied weights all come out of this one relation.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import operator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tensor_parallel.partition import split_sizes
 from tensor_parallel.planner.placement import ALL
+from tensor_parallel.planner.tensors import role
 
 Labels = NDArray[np.int64]
 
@@ -32,24 +34,28 @@ class TooFew(Exception):
 
 class Atoms:
     def __init__(self) -> None:
-        self._parent: Labels = np.empty(0, dtype=np.int64)
+        self._size = self._segments = 0
+        self._parent: Labels = np.empty(0, dtype=np.int64)  # with room to grow, as the next three
         self._segment: Labels = np.empty(0, dtype=np.int64)
         self._weight: Labels = np.empty(0, dtype=np.int64)
         self._shared: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)  # by root: held by every rank
         self.any_shared = False
         self._names: list[str] = []
-        self._cost: list[float] = []
 
-    def create(self, weight: str, size: int, bytes_each: float = 1.0) -> Labels:
-        """New atoms for the ``size`` indices of a dimension of ``weight``; each stands for ``bytes_each`` bytes."""
-        start = len(self._parent)
-        fresh = np.arange(start, start + size, dtype=np.int64)
-        self._parent = np.concatenate([self._parent, fresh])
-        self._segment = np.concatenate([self._segment, np.zeros(size, dtype=np.int64)])
-        self._weight = np.concatenate([self._weight, np.full(size, len(self._names), dtype=np.int64)])
-        self._shared = np.concatenate([self._shared, np.zeros(size, dtype=np.bool_)])
+    def create(self, weight: str, size: int) -> Labels:
+        """New atoms for the ``size`` indices of a dimension of ``weight``."""
+        start, self._size = self._size, self._size + size
+        if self._size > len(self._parent):
+            room = np.empty(max(self._size, 2 * len(self._parent)), dtype=np.int64)
+            self._parent, self._segment, self._weight = (
+                np.concatenate([old[:start], room[start:]]) for old in (self._parent, self._segment, self._weight)
+            )
+            self._shared = np.concatenate([self._shared[:start], np.zeros(len(room) - start, dtype=np.bool_)])
+        fresh = np.arange(start, self._size, dtype=np.int64)
+        self._parent[start : self._size] = fresh
+        self._segment[start : self._size] = 0
+        self._weight[start : self._size] = len(self._names)
         self._names.append(weight)
-        self._cost.append(bytes_each)
         return fresh
 
     def find(self, labels: Labels) -> Labels:
@@ -63,7 +69,7 @@ class Atoms:
         return roots
 
     def groups(self, labels: Labels) -> int:
-        return len(np.unique(self.find(labels)))
+        return distinct(self.find(labels))
 
     def union(self, a: Labels, b: Labels) -> None:
         """Join ``a[i]`` with ``b[i]`` for every i."""
@@ -83,13 +89,13 @@ class Atoms:
 
     def share(self, labels: Labels, limit: float) -> bool:
         """Let every rank hold these indices and those joined to them, if they are at most ``limit`` of each weight."""
-        inside = np.zeros(len(self._parent), dtype=np.bool_)
-        inside[np.unique(self.find(labels))] = True
-        members = inside[self.find(np.arange(len(self._parent), dtype=np.int64))]
-        weights = np.unique(self._weight[members])
-        total = np.bincount(self._weight, minlength=len(self._names))
-        mine = np.bincount(self._weight[members], minlength=len(self._names))
-        if (mine[weights] > limit * total[weights]).any():
+        inside = np.zeros(self._size, dtype=np.bool_)
+        inside[self.find(labels)] = True
+        members = inside[self.find(np.arange(self._size, dtype=np.int64))]
+        weight = self._weight[: self._size]
+        total = np.bincount(weight, minlength=len(self._names))
+        mine = np.bincount(weight[members], minlength=len(self._names))
+        if (mine > limit * total).any():
             return False
         self._shared[np.flatnonzero(members)] = True
         self.any_shared = True
@@ -98,9 +104,9 @@ class Atoms:
     def cut(self, piece: Labels) -> None:
         """``piece`` is used apart from the rest of its weight: deal it to ranks evenly by itself."""
         segments = self._segment[piece]
-        base = int(self._segment.max(initial=0)) + 1
         _, inverse = np.unique(segments, return_inverse=True)
-        self._segment[piece] = base + inverse.reshape(segments.shape)
+        self._segment[piece] = self._segments + 1 + inverse.reshape(segments.shape)
+        self._segments += 1 + int(inverse.max(initial=-1))
 
     def weights(self, labels: Labels) -> frozenset[str]:
         return frozenset(self._names[w] for w in np.unique(self._weight[labels]))
@@ -110,29 +116,46 @@ class Atoms:
 
         Two groups are of one kind when they join the same segments of the same weights. Raises :class:`TooFew`.
         """
-        everything = np.arange(len(self._parent), dtype=np.int64)
-        roots = self.find(everything)
-        order = np.argsort(roots, kind="stable")
-        starts = np.flatnonzero(np.diff(roots[order], prepend=-1))
-        members = np.split(order, starts[1:]) if len(order) else []
-        kinds: dict[frozenset[int], list[Labels]] = defaultdict(list)
-        rank_of = np.zeros(len(everything), dtype=np.int64)
-        for group in members:
-            if self._shared[roots[group[0]]]:
-                rank_of[group] = ALL
-                continue
-            kinds[frozenset((self._segment[group] * len(self._names) + self._weight[group]).tolist())].append(group)
-        pools: dict[frozenset[int], list[Labels]] = defaultdict(list)
-        for kind, groups in kinds.items():
-            # A kind too small to deal by itself joins the others of its weights.
-            key = kind if len(groups) >= ranks else frozenset(-1 - (k % len(self._names)) for k in kind)
-            pools[key].extend(groups)
-        for groups in pools.values():
-            if len(groups) < ranks:
-                raise TooFew(self.weights(np.concatenate(groups)))
-            groups.sort(key=lambda group: int(group[0]))
-            at = 0
-            for rank, size in enumerate(split_sizes(len(groups), ranks)):
-                rank_of[np.concatenate(groups[at : at + size])] = rank
-                at += size
+        roots = self.find(np.arange(self._size, dtype=np.int64))
+        group = np.cumsum(roots == np.arange(self._size)) - 1  # groups by their lowest member, which is the root
+        group = group[roots]
+        count = distinct(roots)
+        segments = self._segment[: self._size] * len(self._names) + self._weight[: self._size]
+        kinds = _sets(group, segments, count)
+        # A kind too small to deal by itself joins the others of its weights.
+        by_weight = _sets(group, self._weight[: self._size], count)
+        shared = self._shared[: self._size][np.unique(roots)]
+        few = np.bincount(kinds, weights=~shared)[kinds] < ranks
+        pools = np.where(shared, -1, np.where(few, count + by_weight, kinds))
+        rank_of_group = np.full(count, ALL, dtype=np.int64)
+        too_few: list[tuple[int, frozenset[str]]] = []
+        for pool in np.unique(pools[~shared]):
+            members = np.flatnonzero(pools == pool)
+            if len(members) < ranks:
+                too_few.append((int(members[0]), self.weights(np.flatnonzero(np.isin(group, members)))))
+            rank_of_group[members] = np.repeat(np.arange(ranks), split_sizes(len(members), ranks))
+        if too_few:
+            # The first, and what is alike in other layers: giving those up one by one would take a solution each.
+            first = {role(name) for name in min(too_few, key=operator.itemgetter(0))[1]}
+            alike = [weights for _, weights in too_few if {role(name) for name in weights} == first]
+            raise TooFew(frozenset().union(*alike))
+        rank_of: Labels = rank_of_group[group]
         return rank_of
+
+
+def distinct(labels: Labels) -> int:
+    """How many different labels there are."""
+    flat = np.sort(labels, axis=None)
+    return int(np.count_nonzero(flat[1:] != flat[:-1])) + bool(len(flat))
+
+
+def _sets(group: Labels, item: Labels, count: int) -> Labels:
+    """A number for each of ``count`` groups, equal for groups whose members' items are the same set."""
+    width = int(item.max(initial=0)) + 1
+    pairs = np.unique(group * width + item)
+    starts = np.searchsorted(pairs, np.arange(count + 1) * width)
+    items = pairs % width
+    numbers: dict[bytes, int] = {}
+    return np.array(
+        [numbers.setdefault(items[a:b].tobytes(), len(numbers)) for a, b in pairwise(starts.tolist())], dtype=np.int64
+    )

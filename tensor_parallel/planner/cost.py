@@ -9,6 +9,7 @@ in MPICH", 2005), relative to the collectives a plan of this depth cannot avoid.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -44,12 +45,10 @@ def bytes_per_rank(tensors: Tensors, divisions: Mapping[str, Division], ranks: i
     held = [0] * ranks
     for name, stored in tensors.stored.items():
         division = divisions.get(name)
+        owned = Counter(division[1]) if division is not None else Counter({ALL: 1})
+        each = stored.nbytes // max(1, owned.total())
         for rank in range(ranks):
-            if division is None:
-                held[rank] += stored.nbytes
-            else:
-                _, owner = division
-                held[rank] += stored.nbytes // max(1, len(owner)) * (owner.count(rank) + owner.count(ALL))
+            held[rank] += each * (owned[rank] + owned[ALL])
     return tuple(held)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.errors import PlanError
+from tensor_parallel.planner.functional import functionalise
 from tensor_parallel.planner.reserve import tracing_settings
 
 log = logging.getLogger(__name__)
@@ -168,24 +169,16 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
 
 
 def _is_functional(exported: torch.export.ExportedProgram, training: bool) -> bool:
-    """Whether the trace mutates nothing already: then functionalising, which costs more than tracing, would change
-    nothing.
+    """Whether the trace mutates nothing, or could be made so without tracing it again, which costs twice as much.
 
     Training is always functionalised: ``batch_norm`` updates its statistics without saying so in its schema.
     """
     if training:
         return False
     for node in exported.graph.nodes:
-        if node.op != "call_function":
-            continue
         if node.target is torch.ops.aten.detach_.default:  # of a constant just made
             node.target = torch.ops.aten.detach.default
-        schema = getattr(node.target, "_schema", None)
-        if isinstance(node.target, torch._ops.HigherOrderOperator) or (schema is not None and schema.is_mutable):
-            return False
-        if schema is None and getattr(node.target, "__module__", "") in ("torch._C", "torch.amp.autocast_mode"):
-            return False
-    return True
+    return functionalise(exported.graph)
 
 
 def _nested(model: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from tensor_parallel.planner.fallback import ModulesModel
 
 log = logging.getLogger(__name__)
+
+_TRACING = threading.Lock()  # torch.export keeps state of the whole process: two traces at once break each other
 
 Examples = Mapping[str, Any] | Sequence[Any]
 Read = Callable[[str, Shard], Tensor]
@@ -106,7 +109,7 @@ def plan_skeleton(
     tensors = Tensors(twin)
     args, kwargs = _on_cpu(args), _on_cpu(kwargs)
     try:
-        with warnings.catch_warnings(), reserved(twin):
+        with _TRACING, warnings.catch_warnings(), reserved(twin):
             warnings.simplefilter("ignore")
             traced = trace(twin, args, kwargs)
         return plan_traced(

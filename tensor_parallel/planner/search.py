@@ -10,7 +10,6 @@ plan.
 from __future__ import annotations
 
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from tensor_parallel.planner.cost import Network
 from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.prover import Communication, Prover
 from tensor_parallel.planner.solver import Division, Solver
-from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.tensors import Tensors, role
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ def _classes(tensors: Tensors) -> dict[Class, list[str]]:
 
 
 def _class(name: str, shape: tuple[int, ...]) -> Class:
-    return re.sub(r"\d+", "*", name), shape
+    return role(name), shape
 
 
 def _moves(best: Candidate, tensors: Tensors, classes: Mapping[Class, list[str]], ranks: int) -> list[Move]:

@@ -71,7 +71,7 @@ class Solver(Engine):
         for name, choice in self.decided.items():
             if choice is not None:
                 dim, owners = choice
-                ranks = tuple(int(r) for r in rank_of[owners[0]])
+                ranks = tuple(rank_of[owners[0]].tolist())
                 if any(rank != ALL for rank in ranks):
                     result[name] = (dim, ranks)
         for name, mode in self.modes.items():
@@ -229,8 +229,7 @@ class Solver(Engine):
         return owners
 
     def _create(self, name: str, dim: int) -> np.ndarray:
-        size = self.tensors.shape(name)[dim]
-        return self.atoms.create(name, size, self.tensors.nbytes(name) / size)
+        return self.atoms.create(name, self.tensors.shape(name)[dim])
 
     def settle_for_pieces(self, value: Value, dim: int) -> bool:
         try:

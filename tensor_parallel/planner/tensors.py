@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,11 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def role(name: str) -> str:
+    """What a tensor is, whichever layer it is in: its name without numbers."""
+    return re.sub(r"\d+", "*", name)
 
 
 class Tensors:
