@@ -83,16 +83,21 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Report]]] = {
     "scale": _scale,
 }
 PLOTS: dict[str, dict[str, object]] = {
-    "scaling": {"x": "batch", "ys": ["unsharded_ms", "two_ranks_ms"], "ylabel": "ms per forward", "log": True},
-    "served": {"x": "server", "ys": ["batch 1 ms", "batch 64 ms", "16 MiB ms"], "ylabel": "p50, ms", "log": True},
-    "loading": {"x": "case", "ys": ["mib_per_second"], "ylabel": "MiB/s"},
+    "scaling": {
+        "x": ["model", "batch"],
+        "ys": ["unsharded_ms", "two_ranks_ms"],
+        "ylabel": "ms per forward",
+        "log": True,
+    },
+    "served": {"x": ["server"], "ys": ["batch 1 ms", "batch 64 ms", "16 MiB ms"], "ylabel": "p50, ms", "log": True},
+    "loading": {"x": ["case"], "ys": ["mib_per_second"], "ylabel": "MiB/s"},
     "planner": {
-        "x": "model",
+        "x": ["model"],
         "ys": ["unsharded", "transformers_gloo", "planned_gloo", "planned_shm", "by_hand_shm"],
         "ylabel": "ms per forward",
         "log": True,
     },
-    "scale": {"x": "ranks", "ys": ["measured_ms", "predicted_ms"], "ylabel": "ms per forward", "log": True},
+    "scale": {"x": ["ranks", "batch"], "ys": ["measured_ms", "predicted_ms"], "ylabel": "ms per forward", "log": True},
 }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -104,21 +105,24 @@ def write_json(path: Path, reports: Sequence[Report]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def plot(report: Report, path: Path, *, x: str, ys: Sequence[str], ylabel: str, log: bool = False) -> None:
-    """One grouped bar chart of ``ys`` over the rows' ``x``, as SVG or PNG by the suffix."""
+def plot(report: Report, path: Path, *, x: Sequence[str], ys: Sequence[str], ylabel: str, log: bool = False) -> None:
+    """One grouped bar chart of ``ys`` over what the rows have in columns ``x``, as SVG or PNG by the suffix."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = path.name  # the same figures give the same file
     from matplotlib import pyplot as plt
 
     rows = [row for row in report.rows if any(isinstance(row.get(y), int | float) for y in ys)]
-    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     width = 0.8 / len(ys)
     for index, y in enumerate(ys):
         places = [i + (index - (len(ys) - 1) / 2) * width for i in range(len(rows))]
         bars = axes.bar(places, [row.get(y) or 0 for row in rows], width, label=y.replace("_", " "))
         axes.bar_label(bars, fmt="%.3g", fontsize=7)
-    axes.set_xticks(range(len(rows)), [str(row[x]) for row in rows])
+    axes.set_xticks(
+        range(len(rows)), ["\n".join(textwrap.fill(str(row[c]), 16) for c in x) for row in rows], fontsize=7
+    )
     axes.set_ylabel(ylabel)
     axes.set_title(report.name, fontsize=10)
     if log:
@@ -126,7 +130,7 @@ def plot(report: Report, path: Path, *, x: str, ys: Sequence[str], ylabel: str, 
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 
