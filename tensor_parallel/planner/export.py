@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,6 +108,8 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
             if _hopeless(error):
                 break
             continue
+        if free == "images fixed" and not _cuts_windows(exported):
+            continue
         return _collect(exported, example_args, example_kwargs)
     raise PlanError(f"{type(model).__name__} does not export: {failures[0] if failures else 'no attempt was possible'}")
 
@@ -115,6 +118,8 @@ def _attempts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[tupl
     """Example inputs and which dimensions to leave free, best first."""
     tries: list[tuple[tuple[Any, ...], dict[str, Any], str]] = []
     widened = _widen(tuple(args), dict(kwargs))
+    if any(_is_image(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+        tries.append((*(widened or (tuple(args), dict(kwargs))), "images fixed"))
     if widened is not None:
         tries.append((*widened, "all"))
     tries.append((tuple(args), dict(kwargs), "all"))
@@ -132,6 +137,29 @@ def _widen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     return twice[0], twice[1]
 
 
+def _is_image(leaf: Any) -> bool:
+    """Images and video: a batch of channels, heights and widths."""
+    return isinstance(leaf, Tensor) and leaf.ndim >= 4 and leaf.dtype.is_floating_point
+
+
+_RESHAPES = re.compile("view|reshape|unflatten")
+
+
+def _cuts_windows(exported: torch.export.ExportedProgram) -> bool:
+    """Whether maps are reshaped to maps, as by window attention.
+
+    With heights and widths free, every size would then be a quotient of quotients, which takes minutes to reason about;
+    such a model is traced for images of one size (and traced again where another size is asked for).
+    """
+
+    def ndim(node: Any) -> int:
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        return value.ndim if isinstance(value, Tensor) else 0
+
+    reshapes = [node for node in exported.graph.nodes if node.args and _RESHAPES.search(str(node.target))]
+    return any(ndim(node) > 4 or (ndim(node) == 4 and ndim(node.args[0]) >= 4) for node in reshapes)
+
+
 def _hopeless(error: Exception) -> bool:
     """Failures that fixing sizes cannot cure: control flow that depends on values."""
     return type(error).__name__ in ("GuardOnDataDependentSymNode", "DynamicOutputShapeException")
@@ -143,10 +171,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
     def dims(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return None
-        return (
-            dict.fromkeys(range(leaf.ndim if free == "all" else min(leaf.ndim, 1) if free == "batch" else 0), auto)
-            or None
-        )
+        first = min(leaf.ndim, 1)
+        count = {"all": leaf.ndim, "images fixed": first if _is_image(leaf) else leaf.ndim, "batch": first}[free]
+        return dict.fromkeys(range(count), auto) or None
 
     shapes = None
     if free != "none":

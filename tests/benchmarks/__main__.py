@@ -66,6 +66,12 @@ def _planner(_: argparse.Namespace) -> list[Report]:
     return [planner()]
 
 
+def _planning(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.planning import planning
+
+    return [planning()]
+
+
 def _scale(_: argparse.Namespace) -> list[Report]:
     from tests.benchmarks.scale import predictions, scale
 
@@ -80,6 +86,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Report]]] = {
     "minilm": _minilm,
     "loading": _loading,
     "planner": _planner,
+    "planning": _planning,
     "scale": _scale,
 }
 PLOTS: dict[str, dict[str, object]] = {
