@@ -22,7 +22,7 @@ reduce-scatter pair is g-bar of Korthikanti et al., "Reducing Activation Recompu
 ``group=None`` means :func:`~tensor_parallel.group.default_group`. All raise
 :class:`~tensor_parallel.errors.GroupUnbound` without a formed group, :class:`~tensor_parallel.errors.CollectiveError`
 when a peer fails, and :class:`~tensor_parallel.errors.ShapeError` for shapes that cannot be meant. In a group of one
-rank they do nothing.
+rank they check their arguments and do nothing.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def all_gather_concat(
             parallelism), so that each rank's gradient is only its own contribution.
     """
     group = group or default_group()
+    dim = _dim(tensor, dim)
     if group.world_size == 1:
         return tensor
-    dim = _dim(tensor, dim)
     if sizes is None:
         sizes = group.exchange_sizes(tensor.shape[dim], tensor.device)
     sizes = _sizes(sizes, group)
@@ -102,9 +102,9 @@ def scatter(tensor: Tensor, dim: int, group: Group | None = None, sizes: Sequenc
     ``sizes`` is each rank's length along ``dim``; as even as possible when None.
     """
     group = group or default_group()
+    dim = _dim(tensor, dim)
     if group.world_size == 1:
         return tensor
-    dim = _dim(tensor, dim)
     sizes = _sizes(sizes or split_sizes(tensor.shape[dim], group.world_size), group)
     if sum(sizes) != tensor.shape[dim]:
         raise ShapeError(f"sizes {sizes} do not add up to dim {dim} of {_shape(tensor)}")
@@ -140,9 +140,9 @@ def reduce_scatter_sum(
     ``sizes`` is each rank's length along ``dim``; as even as possible when None.
     """
     group = group or default_group()
+    dim = _dim(tensor, dim)
     if group.world_size == 1:
         return tensor
-    dim = _dim(tensor, dim)
     sizes = _sizes(sizes or split_sizes(tensor.shape[dim], group.world_size), group)
     if sum(sizes) != tensor.shape[dim]:
         raise ShapeError(f"sizes {sizes} do not add up to dim {dim} of {_shape(tensor)}")

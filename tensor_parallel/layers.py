@@ -262,6 +262,8 @@ class ColumnParallelLinear(_ParallelLinear):
 
 def _empty(cls: Any, linear: nn.Linear, **options: Any) -> Any:
     """An uninitialised layer with ``linear``'s sizes, device and dtype."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: an nn.Linear is needed, not {type(linear).__name__}")
     return nn.utils.skip_init(
         cls,
         linear.in_features,

@@ -61,7 +61,7 @@ def score(
     tensors: Tensors, held: Sequence[int], communications: Sequence[Communication], network: Network, ranks: int
 ) -> float:
     """Lower is better: the fullest rank's share of the bytes, plus priced communication."""
-    share = max(held) / tensors.total_bytes
+    share = max(held) / max(1, tensors.total_bytes)
     excess = max(0.0, share - 1 / ranks - _SLACK)
     weights = sum(1 for s in tensors.stored.values() if s.is_parameter and len(s.shape) > 1)
     unit = _PRICE / (1 + weights / 3)

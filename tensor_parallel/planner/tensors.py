@@ -41,7 +41,7 @@ class Tensors:
                 if buffer is not None:
                     name = f"{prefix}.{leaf}" if prefix else leaf
                     self._add(first, name, buffer, False, leaf not in module._non_persistent_buffers_set)
-        self.total_bytes = max(1, sum(s.nbytes for s in self.stored.values()))
+        self.total_bytes = sum(s.nbytes for s in self.stored.values())
 
     def _add(
         self, first: dict[int, str], name: str, tensor: torch.Tensor, is_parameter: bool, persistent: bool

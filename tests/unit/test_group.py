@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from tensor_parallel import Group
-from tensor_parallel.collectives import all_gather_concat, all_reduce_sum, broadcast_tensor, scatter, take_slice
+from tensor_parallel.collectives import (
+    all_gather_concat,
+    all_reduce_sum,
+    broadcast_tensor,
+    reduce_scatter_sum,
+    scatter,
+    take_slice,
+)
 from tensor_parallel.errors import ConfigError, GroupUnbound, ShapeError
 from tensor_parallel.group import Backend
 
@@ -97,3 +104,9 @@ def test_a_scalar_has_no_dim_to_gather_along() -> None:
 def test_a_lone_rank_gets_its_tensor_back() -> None:
     tensor = torch.ones(2, requires_grad=True)
     assert all_reduce_sum(tensor, Group(0, 1)) is tensor
+
+
+@pytest.mark.parametrize("collective", [all_gather_concat, reduce_scatter_sum])
+def test_a_group_of_one_refuses_a_dim_that_is_not_there(collective) -> None:
+    with pytest.raises(ShapeError, match="has no dim 5"):
+        collective(torch.zeros(2, 3), 5, Group(0, 1))

@@ -246,3 +246,9 @@ def test_embedding_refuses_what_it_cannot_do() -> None:
         VocabParallelEmbedding(8, 4, padding_idx=9, world_size=2, rank=0)
     with pytest.raises(ConfigError, match="positive"):
         VocabParallelEmbedding(0, 4, world_size=2, rank=0)
+
+
+@pytest.mark.parametrize("kind", LINEARS)
+def test_from_linear_names_what_is_no_linear(kind) -> None:
+    with pytest.raises(TypeError, match=r"linear: an nn\.Linear is needed, not Conv1d"):
+        kind.from_linear(nn.Conv1d(4, 4, 1), 2, 0)

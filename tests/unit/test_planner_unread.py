@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -59,3 +60,13 @@ def test_another_call_may_read_them_and_the_checkpoint_has_them():
             assert_close(first, model(x))
             assert_close(second, model(x, task), rtol=1e-4, atol=1e-2)
     assert_close(results[0][2], model.state_dict())
+
+
+def test_what_is_no_module_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"model: an nn\.Module is needed, not str"):
+        DistributedModelWrapper("x", 1, 0)
+
+
+def test_a_model_without_tensors_has_no_bytes():
+    plan = make_plan(nn.ReLU(), {"input": torch.zeros(2, 3)}, 2)
+    assert (plan.total_bytes, plan.bytes_per_rank) == (0, (0, 0))
