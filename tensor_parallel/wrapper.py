@@ -28,7 +28,9 @@ class DistributedModelWrapper(nn.Module):
         world_size: ranks in the group.
         rank: this rank.
         example_inputs: keyword (or positional) arguments of one call. Without them the plan is made at the first call.
-        sequence_parallel: divide the activations between sharded regions along the sequence too.
+        sequence_parallel: divide what lies between sharded regions (norms, dropout, residual sums) along the sequence,
+            by a reduce-scatter and an all-gather in place of each all-reduce: less memory while training. Raises
+            :class:`PlanError` for a model that has no such operations.
         verify: check the plan against the unsharded computation before using it.
         group: the group to communicate in; the process's own when None.
     """
@@ -45,6 +47,8 @@ class DistributedModelWrapper(nn.Module):
         group: Group | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: an nn.Module is needed, not {type(model).__name__}")
         self._group = group or (default_group() if world_size > 1 else Group(0, 1))
         if (self._group.rank, self._group.world_size) != (rank, world_size):
             raise PlanError(

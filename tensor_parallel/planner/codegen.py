@@ -200,5 +200,5 @@ class _Writer:
         return self.constant(value, f"c{len(self.scope)}")
 
 
-def _bound(run: Callable[..., Any], group: Group) -> Callable[[Any], Any]:
-    return lambda value: run(group, value)
+def _bound(run: Callable[..., Any], group: Group) -> Callable[..., Any]:
+    return lambda *args: run(group, *args)

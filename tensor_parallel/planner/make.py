@@ -104,8 +104,6 @@ def plan_skeleton(
 ) -> Plan:
     """Plan a skeleton in its present mode. ``fixed`` shards are those already held: only the computation is
     planned then."""
-    if sequence_parallel:
-        raise PlanError("sequence parallelism is not available for planned models yet")
     tensors = Tensors(twin)
     args, kwargs = _on_cpu(args), _on_cpu(kwargs)
     try:
@@ -118,18 +116,23 @@ def plan_skeleton(
             tensors,
             world_size,
             gather_outputs=gather_outputs,
+            sequence_parallel=sequence_parallel,
             check=check,
             known=known,
             network=network or Network(),
             fixed=fixed,
         )
     except PlanError as error:
+        if sequence_parallel:
+            raise  # asked for, and not to be had
         log.warning("%s: %s; falling back to layers sharded one by one", type(twin).__name__, error)
         reason = str(error)
     except Exception as error:
         # A fault of the planner must not keep a model from being served: the fallback needs nothing of what failed.
         log.exception("%s: the planner failed; falling back to layers sharded one by one", type(twin).__name__)
         reason = f"the planner failed: {type(error).__name__}: {error}"
+        if sequence_parallel:
+            raise PlanError(reason) from error
     from tensor_parallel.planner.fallback import plan_modules
 
     return plan_modules(twin, tensors, args, kwargs, world_size, reason=reason, fixed=fixed)
@@ -146,6 +149,7 @@ def plan_traced(
     world_size: int,
     *,
     gather_outputs: bool,
+    sequence_parallel: bool,
     check: bool,
     known: str,
     network: Network,
@@ -156,7 +160,11 @@ def plan_traced(
         best = searching.search(traced, tensors, world_size, network, gather_outputs=gather_outputs)
     else:
         best = searching.fixed(traced, tensors, world_size, network, _divisions(fixed, tensors), gather_outputs)
-    prover = best.prover
+    prover, communications = best.prover, best.communications
+    if sequence_parallel:
+        modes = {**best.modes, **best.forced}
+        prover = searching.prove(traced, tensors, world_size, best.divisions, modes, gather_outputs, True)
+        communications = prover.communications()
     shards = _shards(tensors, best.divisions, world_size)
     names = specs.input_names(twin, traced.in_spec)
     input_specs = specs.input_specs(names, traced)
@@ -168,7 +176,7 @@ def plan_traced(
         tied=dict(tensors.tied),
         inputs=input_specs,
         outputs=output_specs,
-        collectives=tuple(Collective(c.kind, c.nbytes, c.where) for c in best.communications),
+        collectives=tuple(Collective(c.kind, c.nbytes, c.where) for c in communications),
         reasons=tuple(Reason(g.where, g.op, g.why, tuple(sorted(g.origin))) for g in prover.reasons),
         bytes_per_rank=best.held,
         total_bytes=tensors.total_bytes,
@@ -185,14 +193,8 @@ def plan_traced(
 
 
 def _verify(twin: nn.Module, prover: Prover, traced: Traced, tensors: Tensors, shards: Mapping[str, Shard]) -> str:
-    elements = sum(s.nbytes // s.dtype.itemsize for s in tensors.stored.values())
-    if elements > verify.LIMIT:
-        return "no: too large"
-    if twin.training and any("dropout" in str(node.target) for node in traced.graph.nodes):
-        return "no: random"
     buffers = {tensors.canonical(name): buffer for name, buffer in twin.named_buffers(remove_duplicate=False)}
-    verify.verify(prover, traced, tensors, shards, buffers)
-    return "whole model"
+    return verify.verify(prover, traced, tensors, shards, buffers)
 
 
 def _shapes(traced: Traced) -> list[tuple[int, ...] | None]:
@@ -272,9 +274,13 @@ def instantiate_skeleton(
     module.train(plan.training)
     release_buffers(twin, plan)
 
+    divides_rows = any(item.kind == "reduce_scatter" for item in plan.collectives)
+
     def planner(args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[Plan, Compiled]:
         twin.train(training)
-        other = plan_skeleton(twin, args, kwargs, plan.world_size, fixed=plan.shards)
+        other = plan_skeleton(
+            twin, args, kwargs, plan.world_size, fixed=plan.shards, sequence_parallel=training and divides_rows
+        )
         if other.mode != "graph":
             raise PlanError("; ".join(other.notes))
         return other, other.artifact

@@ -56,7 +56,8 @@ def map_refs(value: Any, on_ref: Callable[[Ref], Any], on_rank: Callable[[PerRan
     if isinstance(value, Ref):
         return on_ref(value)
     if isinstance(value, PerRank):
-        return map_refs(on_rank(value), on_ref, on_rank)
+        chosen = on_rank(value)
+        return chosen if isinstance(chosen, PerRank) else map_refs(chosen, on_ref, on_rank)
     if isinstance(value, list):  # the trace's own immutable lists included
         return [map_refs(item, on_ref, on_rank) for item in value]
     if type(value) is tuple:

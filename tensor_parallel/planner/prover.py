@@ -31,6 +31,7 @@ from tensor_parallel.planner.placement import (
 )
 from tensor_parallel.planner.program import PerRank, Program, Ref, Step, map_refs, prune
 from tensor_parallel.planner.rules import PARTIAL_RULES, RULES
+from tensor_parallel.planner.sequence import divide_along_sequence
 from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.tensors import Tensors
 
@@ -58,6 +59,7 @@ class Prover(Engine):
         stored: frozenset[str] = frozenset(),
         gather_after: frozenset[str] = frozenset(),
         gather_outputs: bool = True,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__(traced, ranks, len(traced.assignments), RULES, PARTIAL_RULES)
         self.tensors, self.divisions, self.stored_names, self.gather_outputs = (
@@ -66,7 +68,7 @@ class Prover(Engine):
             stored,
             gather_outputs,
         )
-        self.gather_after = gather_after
+        self.gather_after, self.sequence_parallel = gather_after, sequence_parallel
         self.program = Program(ranks)
         self.sizes: dict[int, tuple[str, int, str, frozenset[str]]] = {}
         self.output_values: list[Any] = []
@@ -151,7 +153,10 @@ class Prover(Engine):
             assert ref is not None
             self.program.updates[name] = ref
         prune(self.program)
-        self._merge()
+        if self.sequence_parallel:
+            divide_along_sequence(self.program, self.env, self.sizes)
+        else:
+            self._merge()
         return outputs
 
     def _merge(self) -> None:

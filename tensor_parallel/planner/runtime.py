@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tensor_parallel import collectives
 from tensor_parallel.group import Group
+from tensor_parallel.partition import split_sizes
 from tensor_parallel.planner.program import Step
 
 
@@ -85,6 +86,55 @@ class AllGather:
 
 
 @dataclass(frozen=True)
+class ReduceScatter:
+    """Each rank's rows, along ``dim``, of the sum of a pending value; as evenly as the number of rows allows."""
+
+    dim: int
+    kind = "reduce_scatter"
+
+    def run(self, group: Group, value: Tensor) -> Tensor:
+        return collectives.reduce_scatter_sum(value, self.dim, group)
+
+    def simulate(self, values: Sequence[Tensor]) -> list[Tensor]:
+        total = AllReduce().simulate(values)[0]
+        return list(total.split(split_sizes(total.shape[self.dim], len(values)), self.dim))
+
+
+@dataclass(frozen=True)
+class GatherRows:
+    """The rows that :class:`ReduceScatter` or :class:`TakeRows` gave each rank, together; ``size`` of them in all.
+
+    ``grad`` is that of :func:`collectives.all_gather_concat`.
+    """
+
+    dim: int
+    grad: Literal["slice", "reduce_scatter"]
+    kind = "all_gather"
+
+    def run(self, group: Group, value: Tensor, size: int) -> Tensor:
+        sizes = split_sizes(size, group.world_size)
+        return collectives.all_gather_concat(value, self.dim, group, sizes, grad=self.grad)
+
+    def simulate(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat(list(values), self.dim)] * len(values)
+
+
+@dataclass(frozen=True)
+class TakeRows:
+    """A rank's rows of a replicated value."""
+
+    dim: int
+    kind = "take_rows"
+
+    def run(self, group: Group, value: Tensor) -> Tensor:
+        return collectives.scatter(value, self.dim, group).clone()  # a view would keep the whole alive
+
+    def simulate(self, values: Sequence[Tensor]) -> list[Tensor]:
+        sizes = split_sizes(values[0].shape[self.dim], len(values))
+        return [value.split(sizes, self.dim)[rank] for rank, value in enumerate(values)]
+
+
+@dataclass(frozen=True)
 class Enter:
     """A replicated value is about to be used by each rank for its own part: gradients are summed on the way back."""
 
@@ -142,7 +192,7 @@ class _ScaleGrad(torch.autograd.Function):
         return grad.index_copy(ctx.dim, ctx.at, grad.index_select(ctx.dim, ctx.at) * ctx.factor), None, None, None
 
 
-Collective = AllReduce | AllGather | Enter
+Collective = AllReduce | AllGather | ReduceScatter | GatherRows | TakeRows | Enter
 
 
 def take_range(value: Tensor, dim: int, start: int, length: int) -> Tensor:
@@ -165,6 +215,11 @@ def take_pattern(value: Tensor, dim: int, index: tuple[int, ...], base: int, out
         at = dim
     taken: Tensor = opened.index_select(at, torch.tensor(index, dtype=torch.long, device=value.device))
     return taken.flatten(dim, dim + 1)
+
+
+def length(value: Tensor, dim: int) -> int:
+    """A size, as a number."""
+    return value.shape[dim]
 
 
 def share(size: int, count: int, base: int) -> int:

@@ -139,10 +139,11 @@ def prove(
     divisions: Mapping[str, Division],
     modes: Mapping[str, str],
     gather_outputs: bool,
+    sequence_parallel: bool = False,
 ) -> Prover:
     stored = frozenset(name for name, mode in modes.items() if mode == "store" and name in divisions)
     after = frozenset(name for name, mode in modes.items() if mode == "gather")
-    prover = Prover(traced, tensors, ranks, divisions, stored, after, gather_outputs)
+    prover = Prover(traced, tensors, ranks, divisions, stored, after, gather_outputs, sequence_parallel)
     prover.run()
     return prover
 

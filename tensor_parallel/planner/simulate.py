@@ -34,8 +34,7 @@ def start(
 def execute(step: Step, values: Values, ranks: int) -> None:
     """One step on every rank."""
     if hasattr(step.fn, "simulate"):
-        (source,) = step.args
-        values[step.out] = step.fn.simulate(values[source.id])
+        values[step.out] = step.fn.simulate(values[step.args[0].id])
         return
     results = []
     generator = torch.get_rng_state() if is_random(step) else None
