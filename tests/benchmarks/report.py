@@ -106,14 +106,18 @@ def write_json(path: Path, reports: Sequence[Report]) -> None:
 
 
 def plot(report: Report, path: Path, *, x: Sequence[str], ys: Sequence[str], ylabel: str, log: bool = False) -> None:
-    """One grouped bar chart of ``ys`` over what the rows have in columns ``x``, as SVG or PNG by the suffix."""
+    """One grouped bar chart of ``ys`` over what the rows have in columns ``x``, as SVG or PNG by the suffix.
+
+    Rows that are ratios of others, and say so, are left to the table.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = path.name  # the same figures give the same file
     from matplotlib import pyplot as plt
 
-    rows = [row for row in report.rows if any(isinstance(row.get(y), int | float) for y in ys)]
+    measured = [row for row in report.rows if not str(row.get(x[0])).startswith("ratio")]
+    rows = [row for row in measured if any(isinstance(row.get(y), int | float) for y in ys)]
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     width = 0.8 / len(ys)
     for index, y in enumerate(ys):
