@@ -64,12 +64,13 @@ def _measured(command: list[str]) -> dict[str, Any]:
         said = json.loads(output.read().decode() or "{}")
     if child.returncode:
         raise RuntimeError(f"{' '.join(command)} exited with {child.returncode}")
+    counts, held = said.get("collectives", said), said["bytes_per_rank"]
     return {
         "seconds": said.get("seconds", wall),
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_gib": usage.ru_maxrss / 2**20,
-        "all_reduces": said.get("all_reduces"),
-        "gib_per_rank": said.get("bytes_per_rank", 0) / 2**30 if isinstance(said.get("bytes_per_rank"), int) else None,
+        "all_reduces": counts["all_reduces"],
+        "gib_per_rank": (max(held) if isinstance(held, list) else held) / 2**30,
     }
 
 
