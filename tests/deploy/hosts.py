@@ -168,10 +168,11 @@ class Hosts:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> list[Host]:
-        with contextlib.ExitStack() as stack:
-            hosts = self._build(stack)
-            self._stack = stack.pop_all()
-        return hosts
+        try:
+            return self._build(self._stack)
+        except BaseException:
+            self._stack.close()
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
