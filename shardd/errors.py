@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import grpc
 
+from tensor_parallel.errors import out_of_memory
+
 Code = grpc.StatusCode
 
 EXIT_STUCK = 70
@@ -107,8 +109,6 @@ _TABLE = {
     "PermissionError": Code.PERMISSION_DENIED,
 }
 _BETWEEN_RANKS = ("CollectiveError", "GroupUnbound")
-# torch's CPU allocator raises a plain RuntimeError.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "CUDA out of memory")
 _LONGEST = 2000
 
 
@@ -125,13 +125,6 @@ def judge(error: BaseException) -> Verdict:
         if name in _TABLE:
             return Verdict(_TABLE[name], type(error).__name__, message, collective=name in _BETWEEN_RANKS)
     return Verdict(Code.INTERNAL, type(error).__name__, message, ours=True)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the host or the device had no memory left."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def known(error: BaseException) -> bool:

@@ -72,3 +72,14 @@ class AccessDenied(TensorParallelError, PermissionError):
 
 class LoadCancelled(TensorParallelError):
     """A load was cancelled by its caller; everything it had read is freed."""
+
+
+# torch's CPU allocator raises a plain RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "CUDA out of memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host or the device had no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)

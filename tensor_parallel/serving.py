@@ -17,7 +17,14 @@ from torch.utils import _pytree as pytree
 from tensor_parallel.checkpoint.load import Progress, load_shards
 from tensor_parallel.checkpoint.memory import available_bytes, peak_bytes
 from tensor_parallel.checkpoint.source import Source
-from tensor_parallel.errors import DoesNotFit, InvalidInput, LoadCancelled, PlanError, TensorParallelError
+from tensor_parallel.errors import (
+    DoesNotFit,
+    InvalidInput,
+    LoadCancelled,
+    PlanError,
+    TensorParallelError,
+    out_of_memory,
+)
 from tensor_parallel.group import Group
 from tensor_parallel.planner.module import ShardedModule
 from tensor_parallel.planner.plan import InputSpec, OutputSpec, Plan
@@ -215,9 +222,10 @@ def _rehearse(module: nn.Module, source: Source, device: torch.device) -> None:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             module.eval().rehearse(inputs, lambda name: source.read(name, Shard.replicated(), 0).to(device))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        log.warning("%s: no memory to see whether its forward runs: %s", source.path.name, error)
     except Exception as error:  # the model's own code raises anything
+        if out_of_memory(error):
+            log.warning("%s: no memory to see whether its forward runs: %s", source.path.name, _first_line(error))
+            return
         tried = ", ".join(f"{name} {_described(value)}" for name, value in inputs.items())
         raise InvalidInput(
             f"the model does not run: its forward raised {type(error).__name__}: {_first_line(error)}; "

@@ -21,7 +21,14 @@ from tensor_parallel.planner.program import PerRank, Program, Ref, Step, refs_in
 
 aten = torch.ops.aten
 
+
+def _copied(whole: Tensor, value: Tensor, non_blocking: bool = False) -> Tensor:
+    """``aten.copy``, which has no derivative of its own."""
+    return value.to(whole.dtype).expand(whole.shape)
+
+
 _DIRECT: dict[Any, Callable[..., Any]] = {
+    aten.copy.default: _copied,
     # The same kernels by a shorter way than the dispatcher's Python overloads.
     aten.linear.default: torch._C._nn.linear,
     aten.reshape.default: torch.reshape,

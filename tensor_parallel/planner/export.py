@@ -200,12 +200,31 @@ def _is_functional(exported: torch.export.ExportedProgram, training: bool) -> bo
 
     Training is always functionalised: ``batch_norm`` updates its statistics without saying so in its schema.
     """
+    _without_idle_dropout(exported.graph)
     if training:
         return False
     for node in exported.graph.nodes:
         if node.target is torch.ops.aten.detach_.default:  # of a constant just made
             node.target = torch.ops.aten.detach.default
     return functionalise(exported.graph)
+
+
+_DROPOUTS = (
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.feature_dropout.default,
+    torch.ops.aten.alpha_dropout.default,
+)
+
+
+def _without_idle_dropout(graph: fx.Graph) -> None:
+    """Dropout that drops nothing returns its very input, which its schema does not say: a later write would be lost."""
+    for node in list(graph.nodes):
+        if node.target not in _DROPOUTS or any(user.op == "output" for user in node.users):
+            continue
+        source, probability, train = node.args
+        if not train or probability == 0:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 def _nested(model: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:

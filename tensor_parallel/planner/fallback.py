@@ -134,13 +134,23 @@ class ModulesModel(nn.Module):
 
     def rehearse(self, inputs: Mapping[str, Any], whole: Callable[[str], Tensor]) -> None:
         """Run the model once without its peers: ``whole(name)`` gives the undivided tensors, one at a time. Raises what
-        the model raises."""
+        the model raises, and leaves no trace in its buffers."""
+        held = [(module._buffers, name) for module in self._twin[0].modules() for name in module._buffers]
+        before = [(place, name, place[name], _cloned(place[name])) for place, name in held]
         self._whole = whole
         try:
             with torch.no_grad():
                 self(**inputs)
         finally:
             self._whole = None
+            for place, name, buffer, value in before:
+                place[name] = buffer
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
+
+
+def _cloned(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.clone()
 
 
 def build_modules(

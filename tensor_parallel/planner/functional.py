@@ -113,6 +113,8 @@ class _Families:
             raise _Unclear
         if torch.Tag.nondeterministic_seeded in target.tags or "dropout" in target._schema.name:
             raise _Unclear
+        if torch.Tag.inplace_view in target.tags or target._schema.name.split("::")[1] in _OF_ANOTHER_TYPE:
+            raise _Unclear
         written = node.args[0] if node.args else None
         if not isinstance(written, fx.Node):
             raise _Unclear
@@ -143,6 +145,8 @@ class _Families:
         seen, todo = {root}, [root]
         while todo:
             for other in related[todo.pop()] - seen:
+                if other.op != "call_function":
+                    raise _Unclear  # it may be what is updated
                 seen.add(other)
                 todo.append(other)
                 if self.position[other] < at and any(
@@ -251,6 +255,29 @@ def _inverse(view: fx.Node) -> tuple[Any, bool] | None:
         return None
     return _INVERSES.get(view.target)
 
+
+_OF_ANOTHER_TYPE = frozenset(
+    [
+        "eq_",
+        "ne_",
+        "not_equal_",
+        "lt_",
+        "less_",
+        "le_",
+        "less_equal_",
+        "gt_",
+        "greater_",
+        "ge_",
+        "greater_equal_",
+        "logical_and_",
+        "logical_or_",
+        "logical_xor_",
+        "logical_not_",
+        "cumsum_",
+        "cumprod_",
+    ]
+)
+"""In place they keep the type of what they write; the operation that makes a value gives bools, or wider integers."""
 
 _INVERSES: dict[Any, tuple[Any, bool]] = {
     aten.slice.Tensor: (aten.slice_scatter.default, True),

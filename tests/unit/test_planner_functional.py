@@ -74,6 +74,38 @@ class _Input(nn.Module):
         return x * 2
 
 
+class _OfBools(nn.Module):
+    """In place a comparison keeps the type; the operation that makes a value gives bools."""
+
+    def forward(self, x):
+        a = x * 1
+        a.gt_(0.05)
+        return a[0] + a[1] + a[2]
+
+
+class _Turned(nn.Module):
+    """In place on what a tensor is, not on what it holds: its other names keep their shape."""
+
+    def forward(self, x):
+        a = x[0] * 2
+        turned = a.detach()
+        turned.t_()
+        return a * 1, turned
+
+
+class _PerhapsABuffer(nn.Module):
+    """``to`` gives the buffer itself where its type is right already."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(5))
+
+    def forward(self, x):
+        count = self.count.to(x.dtype)
+        count += 1
+        return x + count
+
+
 def _traced(model, x):
     return torch.export.export(model, (x.clone(),), strict=False)
 
@@ -99,7 +131,11 @@ def test_writes_become_values(model):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("model", [_PerhapsAView(), _Promoted(), _Input()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "model",
+    [_PerhapsAView(), _Promoted(), _Input(), _OfBools(), _Turned(), _PerhapsABuffer()],
+    ids=lambda m: type(m).__name__,
+)
 def test_what_is_not_plain_is_left_as_it_is(model):
     exported = _traced(model, torch.randn(3, 4, 5))
     before = str(exported.graph)
