@@ -22,7 +22,7 @@ def without_dropout(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> _Ca
     """The call with nothing dropped; any other call as it is."""
     schema = getattr(fn, "_schema", None)
     name = schema.name.split("::")[1] if schema is not None else ""
-    if name in _DROPOUTS:
+    if name in _DROPOUTS or fn is runtime.dropout:
         return aten.alias.default, (args[0],), {}
     if name == "native_dropout":
         return _keep_all, (args[0],), {}

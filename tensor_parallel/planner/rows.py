@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tensor_parallel.planner import runtime
 from tensor_parallel.planner.program import Ref, Step
 from tensor_parallel.planner.rules.pointwise import BINARY, UNARY
 
@@ -13,6 +14,8 @@ _REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm"
 
 def treats_rows_alone(step: Step, dim: int, ndim: int) -> bool:
     """Whether an operation's result at each index along ``dim`` (from the right) depends on the operands there only."""
+    if step.fn is runtime.dropout:
+        return ndim + dim >= 0
     schema = getattr(step.fn, "_schema", None)
     if schema is None or ndim + dim < 0:
         return False

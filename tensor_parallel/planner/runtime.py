@@ -343,9 +343,15 @@ def with_rank_seed(op: Any, rank: int, *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
 
 
+def dropout(value: Tensor, p: float, train: bool | None) -> Tensor:
+    """``aten.native_dropout`` without its mask, which only the backward needs."""
+    dropped: Tensor = torch.ops.aten.native_dropout.default(value, p, train)[0]
+    return dropped
+
+
 def is_random(step: Step) -> bool:
     """Whether a step draws from the generator that all ranks advance alike."""
-    if step.fn is with_rank_seed:
+    if step.fn in (with_rank_seed, dropout):
         return True
     op: Any = step.fn
     if torch.Tag.nondeterministic_seeded not in getattr(op, "tags", ()):

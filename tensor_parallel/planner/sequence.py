@@ -13,7 +13,6 @@ rank's rows.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,14 +22,20 @@ import torch
 from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import Sym, Value
-from tensor_parallel.planner.program import PerRank, Program, Ref, Step, map_refs, prune, refs_in
+from tensor_parallel.planner.program import PerRank, Program, Ref, Step, map_refs, prune
+from tensor_parallel.planner.rearrange import (
+    Sizes,
+    drop_masks,
+    enter_with_the_gather,
+    is_kind,
+    itself,
+    sum_after_reshapes,
+)
 from tensor_parallel.planner.rows import treats_rows_alone
 
 aten = torch.ops.aten
 
 Grad = Literal["slice", "reduce_scatter"]
-Sizes = dict[int, tuple[str, int, str, frozenset[str]]]
-"""By step result: a collective's kind, bytes, the operation that asked for it, and the weights behind it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class _Obstacle(Exception):
 def divide_along_sequence(program: Program, env: Mapping[Any, Any], sizes: Sizes) -> None:
     """Rewrite ``program``, and the ``sizes`` of its collectives, in place. Raises :class:`PlanError` where no region
     can be divided."""
+    drop_masks(program)
+    sum_after_reshapes(program, sizes)
     choices = _Choices()
     while True:
         work = _Pass(program, env, dict(sizes), choices)
@@ -69,44 +76,7 @@ def divide_along_sequence(program: Program, env: Mapping[Any, Any], sizes: Sizes
     sizes.clear()
     sizes.update(work.sizes)
     prune(program)
-    _enter_with_the_gather(program)
-
-
-def _enter_with_the_gather(program: Program) -> None:
-    """A gather whose result enters a sharded region after some reshaping gives back a reduce-scatter: the sum over
-    ranks of gradients may be taken before or after an operation's backward."""
-    users: dict[int, list[Step]] = defaultdict(list)
-    for step in program.steps:
-        for number in refs_in(step):
-            users[number].append(step)
-    map_refs((program.outputs, program.updates), lambda ref: users[ref.id].append(_END), _itself)
-    replaced: dict[int, Step] = {}
-    for step in program.steps:
-        if isinstance(step.fn, runtime.GatherRows) and step.fn.grad == "slice":
-            last = step
-            while len(users[last.out]) == 1 and _reads_only(users[last.out][0], last.out):
-                last = users[last.out][0]
-                if _is(last.fn, runtime.Enter):
-                    fn = runtime.GatherRows(step.fn.dim, "reduce_scatter")
-                    replaced[step.out] = Step(fn, step.args, step.kwargs, step.out, step.source)
-                    replaced[last.out] = Step(aten.alias.default, last.args, {}, last.out, last.source)
-                    break
-    program.steps = [replaced.get(step.out, step) for step in program.steps]
-
-
-_END = Step(None, (), {}, -1, "output")  # type: ignore[arg-type]
-
-
-def _reads_only(step: Step, number: int) -> bool:
-    """Whether an operation's only tensor is ``number``; sizes may come from elsewhere."""
-    if _is(step.fn, runtime.Enter):
-        return True
-    schema = getattr(step.fn, "_schema", None)
-    if schema is None or hasattr(step.fn, "simulate") or runtime.is_random(step):
-        return False
-    tensors = [a.name for a in schema.arguments if "Tensor" in str(a.type)]
-    first = step.args[0] if step.args else None
-    return len(tensors) == 1 and isinstance(first, Ref) and first.id == number
+    enter_with_the_gather(program)
 
 
 @dataclass
@@ -141,7 +111,7 @@ class _Pass:
             if not self._as_rows(step):
                 self.steps.append(self._on_wholes(step))
         self.source = "output"
-        self.outputs = map_refs(self.program.outputs, self._whole, _itself)
+        self.outputs = map_refs(self.program.outputs, self._whole, itself)
         self.updates = {name: self._whole(ref) for name, ref in self.program.updates.items()}
 
     def improve(self) -> bool:
@@ -155,7 +125,7 @@ class _Pass:
 
     # ------------------------------------------------------------------ one step
     def _on_wholes(self, step: Step) -> Step:
-        args, kwargs = map_refs((step.args, step.kwargs), self._whole, _itself)
+        args, kwargs = map_refs((step.args, step.kwargs), self._whole, itself)
         return Step(step.fn, args, kwargs, step.out, step.source)
 
     def _as_rows(self, step: Step) -> bool:
@@ -163,9 +133,9 @@ class _Pass:
         first = step.args[0] if step.args and isinstance(step.args[0], Ref) else None
         if first is None:
             return self._row_operation(step)
-        if _is(step.fn, runtime.AllReduce):
+        if is_kind(step.fn, runtime.AllReduce):
             return self._reduce(step, first.id)
-        if _is(step.fn, runtime.Enter) and first.id in self.slices and first.id not in self.choices.both:
+        if is_kind(step.fn, runtime.Enter) and first.id in self.slices and first.id not in self.choices.both:
             self.same[step.out] = self._gather(first.id, "reduce_scatter")
             return True
         if step.fn is runtime.add_once:
@@ -258,7 +228,7 @@ class _Pass:
                 return False
         for ref in refs:
             made[ref.id] = self._operand(ref, result, rows) or ref
-        args, kwargs = map_refs((step.args, step.kwargs), lambda ref: made[ref.id], _itself)
+        args, kwargs = map_refs((step.args, step.kwargs), lambda ref: made[ref.id], itself)
         if runtime.is_random(step):
             out = self._emit(
                 runtime.with_rank_seed, step.fn, PerRank(tuple(range(self.program.ranks))), *args, **kwargs
@@ -326,15 +296,6 @@ class _Pass:
 
 
 _OTHER: dict[Grad, Grad] = {"slice": "reduce_scatter", "reduce_scatter": "slice"}
-
-
-def _is(fn: Any, kind: type) -> bool:
-    """Whether a step is of this kind, and of no kind derived from it."""
-    return type(fn) is kind
-
-
-def _itself(constant: PerRank) -> PerRank:
-    return constant
 
 
 def _by_reference(env: Mapping[Any, Any]) -> tuple[dict[int, Value], set[int]]:
