@@ -11,6 +11,9 @@ import torch
 from tensor_parallel.planner.engine import Call, Engine, Sym, Value
 from tensor_parallel.planner.placement import Owners, Sharded, Undecided, Unproven, pattern
 from tensor_parallel.planner.rules.registry import rule
+from tensor_parallel.planner.rules.reshape import sizes_of
+
+aten = torch.ops.aten
 
 
 # ------------------------------------------------------------------------------------------------- order of dimensions
@@ -152,10 +155,30 @@ def expand(e: Engine, call: Call) -> Any:
 
 @rule("expand_as")
 def expand_as(e: Engine, call: Call) -> Any:
+    """Only the shape of ``other`` counts: a whole operand becomes a part like it where ``other`` is divided."""
     value, other = call.value("self"), call.value("other")
-    if value.shapes != other.shapes or e.undecided(value):
-        raise Unproven("a shape taken from a divided value")
-    return remap(e, call, list(range(value.ndim)), value.ref)
+    if e.undecided(value) or e.undecided(other):
+        for operand in (value, other):
+            e.commit(operand)
+        return e.visit_again(call)
+    offset = other.ndim - value.ndim
+    place = e.place(value)
+    if isinstance(place, Sharded):
+        dim = place.dim + offset
+        if e.is_sharded(other, dim):
+            try:
+                owners = e.unify(place.owners, e.sharded(other).owners)
+                return e.result(call, e.replay(call), Sharded(dim, owners, place.origin | e.sharded(other).origin))
+            except Unproven:
+                pass
+        sizes = sizes_of(e, call)
+        sizes[dim] = -1  # keeps whatever the local part has
+        return e.result(call, e.emit(aten.expand.default, value, sizes), Sharded(dim, place.owners, place.origin))
+    place = e.sharded(other)
+    at = place.dim - offset
+    repeats = at < 0 or all(shape[at] == 1 for shape in value.shapes)
+    ref = e.enter(e.whole_now(value)) if repeats else e.part(value, at, place.owners)
+    return e.result(call, e.emit(call.op, ref, other), Sharded(place.dim, place.owners, place.origin))
 
 
 @rule("repeat")

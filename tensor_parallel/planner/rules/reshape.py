@@ -119,7 +119,7 @@ def _emit_reshape(e: Engine, call: Call, value: Value, dim: int, owners: Owners)
     start, name = 0, "shape" if any(a.name == "shape" for a in call.arguments) else "size"
     if call.name == "unflatten":
         start, name = call.dim("dim", value.ndim), "sizes"
-    sizes = _sizes_of(e, call, dim) if call.name in ("view_as", "reshape_as") else list(call[name])
+    sizes = sizes_of(e, call) if call.name in ("view_as", "reshape_as") else list(call[name])
     at = dim - start
     if 0 <= at < len(sizes):
         if all(o is owners[0] or np.array_equal(o, owners[0]) for o in owners):
@@ -133,7 +133,7 @@ def _emit_reshape(e: Engine, call: Call, value: Value, dim: int, owners: Owners)
     return e.emit(aten.reshape.default, value, sizes)
 
 
-def _sizes_of(e: Engine, call: Call, dim: int) -> list[Any]:
+def sizes_of(e: Engine, call: Call) -> list[Any]:
     """The global sizes of the tensor whose shape is taken; those of free dimensions are read from it when it runs."""
     other = call.value("other")
     fake: Any = call.node.meta["val"]
