@@ -189,6 +189,8 @@ class Engine:
             request_id=",".join(execute.request_ids),
             seq=response.seq,
             seconds=round(time.perf_counter() - start, 6),
+            forward_seconds=round(result.forward_seconds, 6),
+            collective_seconds=round(result.collective_seconds, 6),
         )
 
     def _forward(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tensor_parallel.group import Group
+from tensor_parallel.planner import cpu_linear
 from tensor_parallel.planner.program import PerRank, Program, Ref, Step, refs_in
 
 aten = torch.ops.aten
@@ -55,6 +56,9 @@ _DIRECT: dict[Any, Callable[..., Any]] = {
     aten.embedding.default: torch.embedding,
     aten.tanh.default: torch.tanh,
 }
+
+_ELEMENTWISE = (aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default)
+"""Their result is laid out as their argument is."""
 
 _ALLOCATING = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default)
 """Their results share memory with nothing."""
@@ -95,6 +99,7 @@ def generate(
             return False
         return step.fn in _ALLOCATING or (step.fn is add_part and owned(_root(alias, step.args[0].id)))
 
+    layout = _Layout(steps, program, alias, uses)
     lines = ["def forward(inputs, states, constants):"]
     for what, numbers in (
         ("inputs", program.inputs),
@@ -108,6 +113,9 @@ def generate(
             number = _root(alias, step.args[0].id)
             if owned(number) and number in last.get(step.out, ()):
                 step = replace(step, fn=_SumInPlace(group))
+        if step.fn is aten.linear.default and not record_entries and device.type == "cpu":
+            features_first = layout.is_free(step.out)
+            step = replace(step, fn=cpu_linear.linear_features_first if features_first else cpu_linear.linear)
         lines.append("    " + writer.statement(step, group))
         dead = [n for n in last.get(step.out, ()) if n != step.out]
         if dead:
@@ -131,6 +139,38 @@ class _SumInPlace:
 
     def __call__(self, value: Tensor) -> Tensor:
         return self.group.all_reduce_sum_(value if value.is_contiguous() else value.contiguous())
+
+
+class _Layout:
+    """Which values nobody but a ``linear``, or what is elementwise before it, looks at: any layout will do for them."""
+
+    def __init__(self, steps: list[Step], program: Program, alias: dict[int, int], uses: Counter[int]) -> None:
+        self._alias = alias
+        self._made_by = {step.out: step for step in steps}
+        self._user = {_root(alias, number): step for step in steps for number in refs_in(step)}
+        results = [*program.outputs, *program.updates.values()]
+        kept = {_root(alias, ref.id) for ref in results if isinstance(ref, Ref)}
+        self._once = {number for number, count in uses.items() if count == 1 and number not in kept}
+
+    def is_free(self, number: int) -> bool:
+        user = self._user.get(number)
+        if user is None or number not in self._once:
+            return False
+        if user.fn is aten.linear.default:
+            return isinstance(user.args[0], Ref) and _root(self._alias, user.args[0].id) == number
+        if user.fn in _ELEMENTWISE:
+            return self.is_free(user.out)
+        if user.fn is aten.mul.Tensor:
+            return all(self._is_linear(factor) for factor in user.args) and self.is_free(user.out)
+        return False
+
+    def _is_linear(self, value: Any) -> bool:
+        """Made by a ``linear``, or elementwise from one, and used once."""
+        number = _root(self._alias, value.id) if isinstance(value, Ref) else None
+        if number not in self._once or number not in self._made_by:
+            return False
+        step = self._made_by[number]
+        return step.fn is aten.linear.default or (step.fn in _ELEMENTWISE and self._is_linear(step.args[0]))
 
 
 def _root(alias: dict[int, int], number: int) -> int:

@@ -60,6 +60,12 @@ def _loading(_: argparse.Namespace) -> list[Report]:
     return [loading()]
 
 
+def _linear(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.linear import linears
+
+    return [linears()]
+
+
 def _planner(_: argparse.Namespace) -> list[Report]:
     from tests.benchmarks.planner import planner
 
@@ -80,6 +86,7 @@ def _scale(_: argparse.Namespace) -> list[Report]:
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Report]]] = {
     "collectives": _collectives,
+    "linear": _linear,
     "scaling": _scaling,
     "overhead": _overhead,
     "served": _served,
