@@ -14,6 +14,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.errors import PlanError
+from tensor_parallel.planner import hits
 from tensor_parallel.planner.functional import functionalise
 from tensor_parallel.planner.reserve import tracing_settings
 
@@ -106,12 +108,29 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
             failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
             log.debug("tracing failed (free dims: %s): %s", free, failures[-1])
             if _hopeless(error):
+                unrolled = _unrolled(model, example_args, example_kwargs, free)
+                if unrolled is not None:
+                    return _collect(unrolled, example_args, example_kwargs)
                 break
             continue
         if free == "images fixed" and not _cuts_windows(exported):
             continue
         return _collect(exported, example_args, example_kwargs)
     raise PlanError(f"{type(model).__name__} does not export: {failures[0] if failures else 'no attempt was possible'}")
+
+
+def _unrolled(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: str
+) -> torch.export.ExportedProgram | None:
+    """A trace in which loops over set indices visit every index, if that is what it takes."""
+    loops: hits.Unrolled | None = hits.Unrolled()
+    while loops is not None:
+        try:
+            return _export(model, args, kwargs, free, loops)
+        except Exception as error:
+            log.debug("tracing with loops unrolled failed: %s: %s", type(error).__name__, error)
+            loops = loops.without(error)
+    return None
 
 
 def _attempts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any], str]]:
@@ -165,7 +184,9 @@ def _hopeless(error: Exception) -> bool:
     return type(error).__name__ in ("GuardOnDataDependentSymNode", "DynamicOutputShapeException")
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: str) -> torch.export.ExportedProgram:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: str, unrolled: hits.Unrolled | None = None
+) -> torch.export.ExportedProgram:
     auto = torch.export.Dim.AUTO
 
     def dims(leaf: Any) -> Any:
@@ -188,8 +209,16 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fre
     try:
         # Under no_grad the trace has no nested regions for no_grad blocks; gradients never depend on it.
         with torch.no_grad(), tracing_settings():
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-            return exported if _is_functional(exported, model.training) else exported.run_decompositions({})
+            with unrolled.around(model) if unrolled is not None else nullcontext():
+                exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if unrolled is not None:
+                unrolled.finish()
+                hits.prove(exported.graph)
+            if not _is_functional(exported, model.training):
+                exported = exported.run_decompositions({})
+            if unrolled is not None:
+                hits.drop_checks(exported.graph)
+            return exported
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
