@@ -27,10 +27,10 @@ CASES = (
 )
 
 
-ROUNDS = 5
+ROUNDS = 7
 
 
-def scaling(*, seconds: float = 1.0) -> Report:
+def scaling(*, seconds: float = 0.3) -> Report:
     """Both clusters are up at once and take turns; a figure is the median over rounds of the mean forward in one."""
     report = Report("scaling, 2 ranks x 1 thread", "python -m tests.benchmarks scaling")
     generator = np.random.default_rng(0)
