@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from tensor_parallel import DistributedModelWrapper
 from tensor_parallel.planner import make_plan
 from tensor_parallel.planner.cost import Network
+from tensor_parallel.planner.cpu_linear import linear
 from tensor_parallel.planner.plan import Plan
 from tests.benchmarks.models import Mlp
 from tests.benchmarks.report import Report
@@ -95,7 +95,7 @@ def _calibrate(place: Place) -> dict[int, float]:
     with torch.inference_mode():
         for rows in BATCHES:
             x = torch.randn(rows, WIDTH)
-            found[rows] = _median_seconds(lambda x=x: [functional.linear(x, weight) for weight in weights])
+            found[rows] = _median_seconds(lambda x=x: [linear(x, weight) for weight in weights])
     return {rows: seconds / (8 * HIDDEN * WIDTH) for rows, seconds in found.items()}
 
 
