@@ -24,7 +24,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.errors import PlanError
-from tensor_parallel.planner import hits
+from tensor_parallel.planner import branches, hits
+from tensor_parallel.planner.branches import Branches
 from tensor_parallel.planner.functional import functionalise
 from tensor_parallel.planner.reserve import tracing_settings
 
@@ -50,6 +51,7 @@ class Traced:
     example: list[Any]  # flat example inputs
     assignments: tuple[dict[sympy.Symbol, int], ...]
     guards: tuple[Any, ...] = ()  # what the trace assumed of the free sizes (a length divisible by a chunk size)
+    branches: Branches | None = None  # what it assumed of the inputs' values
     _cache: dict[Any, tuple[int, ...]] = field(default_factory=dict)
 
     @staticmethod
@@ -108,9 +110,9 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
             failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
             log.debug("tracing failed (free dims: %s): %s", free, failures[-1])
             if _hopeless(error):
-                unrolled = _unrolled(model, example_args, example_kwargs, free)
-                if unrolled is not None:
-                    return _collect(unrolled, example_args, example_kwargs)
+                resolved = _with_branches(model, example_args, example_kwargs, free)
+                if resolved is not None:
+                    return _collect(resolved[0], example_args, example_kwargs, resolved[1])
                 break
             continue
         if free == "images fixed" and not _cuts_windows(exported):
@@ -119,18 +121,41 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
     raise PlanError(f"{type(model).__name__} does not export: {failures[0] if failures else 'no attempt was possible'}")
 
 
-def _unrolled(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: str
-) -> torch.export.ExportedProgram | None:
-    """A trace in which loops over set indices visit every index, if that is what it takes."""
+_Resolved = tuple[torch.export.ExportedProgram, branches.Decided]
+
+
+def _with_branches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: str) -> _Resolved | None:
+    """A trace in which loops over set indices visit every index, and branches on inputs go the example's way, if that
+    is what it takes. Inputs that decide otherwise must be traceable too."""
     loops: hits.Unrolled | None = hits.Unrolled()
     while loops is not None:
         try:
-            return _export(model, args, kwargs, free, loops)
+            first = _resolve(model, args, kwargs, free, loops, flipped=0)
+            if not first[1].decisions:
+                return first
+            taken = _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), flipped=None)
+            if len(taken[1].decisions) > branches.MOST:
+                raise PlanError(f"more than {branches.MOST} branches on values")
+            for index in range(1, len(taken[1].decisions)):
+                _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), flipped=index)
+            return taken
         except Exception as error:
-            log.debug("tracing with loops unrolled failed: %s: %s", type(error).__name__, error)
+            log.debug("tracing with control flow resolved failed: %s: %s", type(error).__name__, error)
             loops = loops.without(error)
     return None
+
+
+def _resolve(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    free: str,
+    loops: hits.Unrolled,
+    flipped: int | None,
+) -> _Resolved:
+    decided = branches.Decided(flipped)
+    with decided.around(model, args, kwargs):
+        return _export(model, args, kwargs, free, loops), decided
 
 
 def _attempts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any], str]]:
@@ -213,10 +238,11 @@ def _export(
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             if unrolled is not None:
                 unrolled.finish()
-                hits.prove(exported.graph)
+                if unrolled.bodies:
+                    hits.prove(exported.graph)
             if not _is_functional(exported, model.training):
                 exported = exported.run_decompositions({})
-            if unrolled is not None:
+            if unrolled is not None and unrolled.bodies:
                 hits.drop_checks(exported.graph)
             return exported
     finally:
@@ -270,7 +296,12 @@ def _positional_names(model: nn.Module, count: int) -> list[str]:
     return list(itertools.islice(inspect.signature(model.forward).parameters, count))
 
 
-def _collect(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+def _collect(
+    exported: torch.export.ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    decided: branches.Decided | None = None,
+) -> Traced:
     signature = exported.graph_signature
     placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
     inputs: list[fx.Node | None] = []
@@ -294,6 +325,14 @@ def _collect(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
     guards = _guards(exported)
     assert in_spec is not None
     assert out_spec is not None
+    taken = None
+    if decided is not None:
+        out_spec, count = out_spec.child(0), len(outputs) - len(decided.decisions)
+        conditions, outputs = outputs[count:], outputs[:count]
+        values = dict(constants.values())
+        taken = branches.Branches(conditions, decided.decisions, inputs, values) if conditions else None
+        if taken is not None and not taken.hold(pytree.tree_leaves((args, kwargs))):
+            raise PlanError("the trace decides otherwise than the model")
     return Traced(
         graph=exported.graph,
         module=exported.graph_module,
@@ -307,6 +346,7 @@ def _collect(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwar
         example=pytree.tree_leaves((args, kwargs)),
         assignments=_assignments(exported, guards),
         guards=guards,
+        branches=taken,
     )
 
 

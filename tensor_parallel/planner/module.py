@@ -69,13 +69,18 @@ class Runner:
                     if shape[d] != size:
                         return False
         if not self.compiled.traced.guards:
-            return True
+            return self._decides(leaves)
         sizes = tuple(leaf.shape for leaf, fixed in zip(leaves, self._shapes, strict=True) if fixed is not None)
         if sizes not in self._admitted:
             if len(self._admitted) > _REMEMBERED:
                 self._admitted.clear()
             self._admitted[sizes] = self.compiled.traced.admits(leaves)
-        return self._admitted[sizes]
+        return self._admitted[sizes] and self._decides(leaves)
+
+    def _decides(self, leaves: Sequence[Any]) -> bool:
+        """Whether the inputs' values take the branches that the program was traced along."""
+        branches = self.compiled.traced.branches
+        return branches is None or branches.hold(leaves)
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         states = [table[key] for table, key in self._slots]
