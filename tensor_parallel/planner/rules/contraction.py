@@ -60,17 +60,18 @@ def contract(
         ref, owners, origin = _operand(e, value, letters, letter, owners, origin)
         refs.append(ref)
     if letter in out:
+        weights = [value.weight for value, _ in operands]
         dim = out.index(letter)
         place = Sharded(dim, owners, origin)
         if bias is None or with_bias is None:
-            return _gathered(e, operands, e.result(call, product(refs), place))
+            return gathered(e, weights, e.result(call, product(refs), place))
         value, letters = bias
         if letter in letters:
             part = e.part(value, letters.index(letter), owners)
         else:
             e.commit_whole(value)
             part = e.enter(e.whole_now(value))
-        return _gathered(e, operands, e.result(call, with_bias(refs, part), place))
+        return gathered(e, weights, e.result(call, with_bias(refs, part), place))
     e.exclusive(owners)
     ref = product(refs)
     if not e.solving:
@@ -127,8 +128,9 @@ def _scaled_after(
     return e.result(call, e.emit(aten.mul.Tensor, summed, e.enter(scale)), PARTIAL).ref
 
 
-def _gathered(e: Engine, operands: Sequence[Operand], result: Value) -> Value:
-    if e.gathers_after([value.weight for value, _ in operands]):
+def gathered(e: Engine, weights: Sequence[str | None], result: Value) -> Value:
+    """The result of these weights, made whole where the search wants it so."""
+    if e.gathers_after(weights):
         return e.full(result, "what follows needs it whole")
     return result
 

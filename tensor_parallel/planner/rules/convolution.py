@@ -11,7 +11,7 @@ from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import PARTIAL, Call, Engine, Value
 from tensor_parallel.planner.placement import Owners, Partial, Sharded, Undecided, Unproven, counts
 from tensor_parallel.planner.program import PerRank, Ref
-from tensor_parallel.planner.rules.contraction import contract
+from tensor_parallel.planner.rules.contraction import contract, gathered
 from tensor_parallel.planner.rules.registry import rule
 
 aten = torch.ops.aten
@@ -82,7 +82,7 @@ def _grouped(e: Engine, call: Call, x: Value, w: Value, b: Any, groups: int, tra
         e.divide(w, 0)
     if isinstance(place, Sharded):
         owners = _group_owners(e, place.owners, per_in)
-        origin = place.origin
+        origin = place.origin | (e.sharded(w).origin if e.is_sharded(w) else frozenset())
     elif e.is_sharded(w, 0):
         owners = _group_owners(e, e.sharded(w).owners, rows)
         origin = e.sharded(w).origin
@@ -96,7 +96,8 @@ def _grouped(e: Engine, call: Call, x: Value, w: Value, b: Any, groups: int, tra
     if isinstance(b, Value):
         refs["bias"] = e.part(b, 0, out_owners)
     local = counts(owners[0], e.ranks) if not e.solving else (0,) * e.ranks
-    return e.result(call, e.replay(call, **refs, groups=PerRank(local)), Sharded(1, out_owners, origin))
+    result = e.result(call, e.replay(call, **refs, groups=PerRank(local)), Sharded(1, out_owners, origin))
+    return gathered(e, [w.weight], result)
 
 
 def _group_owners(e: Engine, owners: Owners, per_group: int) -> Owners:
