@@ -36,6 +36,7 @@ class LoadedWeights:
     first: bool
     writes_inputs: bool
     checksum: int | None
+    bytes_read: int
     warnings: list[str]
 
 
@@ -175,17 +176,26 @@ class Loader:
     def _load(self, job: _Job) -> Model:
         request = job.request
         self._log.info("load_started", model=request.name, version=request.version, path=request.path)
-        start = time.perf_counter()
-        weights = self._read(request, job.report, job.cancelled)
+        start = reading = time.perf_counter()
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal reading
+            if stage == "reading" and reading == start:
+                reading = time.perf_counter()
+            job.report(stage, done, total)
+
+        weights = self._read(request, report, job.cancelled)
         served = weights.served
-        seconds = time.perf_counter() - start
+        end = time.perf_counter()
         self._log.info(
             "load_finished",
             model=request.name,
             version=request.version,
-            seconds=round(seconds, 3),
+            seconds=round(end - start, 3),
+            reading_seconds=round(end - reading, 3),
             bytes_held=served.bytes_held,
-            bytes_per_second=int(served.bytes_held / max(seconds, 1e-9)),
+            bytes_read=weights.bytes_read,
+            bytes_per_second=int(served.bytes_held / max(end - reading, 1e-9)),
             warnings=weights.warnings,
         )
         self._metrics.loaded(served.bytes_held)

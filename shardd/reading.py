@@ -77,6 +77,7 @@ class Reader:
             first=rank == 0,
             writes_inputs=served.plan.mode != "graph",
             checksum=None if self._device.type == "cpu" else served.checksum(),
+            bytes_read=source.bytes_read,
             warnings=warnings,
         )
 

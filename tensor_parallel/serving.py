@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from tensor_parallel.checkpoint.load import Progress, load_shards
 from tensor_parallel.checkpoint.memory import available_bytes, peak_bytes
+from tensor_parallel.checkpoint.prepared import PreparedMemory
 from tensor_parallel.checkpoint.source import Source
 from tensor_parallel.errors import (
     DoesNotFit,
@@ -176,12 +177,20 @@ def load_model(
     stop = cancelled or (lambda: False)
     model = source.build_meta()
     _stop_if(stop)
-    plan = _planned(make_plan, model, source, world_size, parsed)
-    _stop_if(stop)
-    _refuse_if_too_large(plan, rank, device)
-    loaded = load_shards(
-        source, plan.shards, rank, device=device, progress=progress, cancelled=stop, threads=parsed.threads
-    )
+    with PreparedMemory.for_weights(source.total_bytes, world_size, device) as memory:
+        plan = _planned(make_plan, model, source, world_size, parsed)
+        _stop_if(stop)
+        _refuse_if_too_large(plan, rank, device, memory.present)
+        loaded = load_shards(
+            source,
+            plan.shards,
+            rank,
+            device=device,
+            progress=progress,
+            cancelled=stop,
+            threads=parsed.threads,
+            memory=memory,
+        )
     parts = dict(loaded.tensors)
 
     def read(name: str, shard: Shard) -> Tensor:
@@ -243,9 +252,9 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "without a message")
 
 
-def _refuse_if_too_large(plan: Plan, rank: int, device: torch.device) -> None:
+def _refuse_if_too_large(plan: Plan, rank: int, device: torch.device, prepared: int) -> None:
     needed, available = plan.bytes_per_rank[rank], available_bytes(device)
-    if available is not None and needed > available:
+    if available is not None and needed > available + prepared:
         raise DoesNotFit(
             f"rank {rank}'s part has {needed / 2**30:.2f} GiB, of which {available / 2**30:.2f} GiB fit on {device} now"
         )

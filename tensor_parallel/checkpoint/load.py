@@ -17,6 +17,7 @@ from tensor_parallel.checkpoint.digest import combined_digest, content_digest
 from tensor_parallel.checkpoint.expression import Compute
 from tensor_parallel.checkpoint.lazy import LazyTensor
 from tensor_parallel.checkpoint.memory import empty_weight
+from tensor_parallel.checkpoint.prepared import PreparedMemory
 from tensor_parallel.checkpoint.source import Source, shard_boxes
 from tensor_parallel.checkpoint.transfer import Read, Staging, evaluate, run, split
 from tensor_parallel.errors import CheckpointError, DoesNotFit, LoadCancelled
@@ -66,17 +67,18 @@ def load_shards(
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
     threads: int | None = None,
+    memory: PreparedMemory | None = None,
 ) -> Loaded:
     """Read this rank's part of every tensor in ``shards`` onto ``device``.
 
     Memory beyond the result: one staging buffer of 8 MiB per thread, or, for a tensor that has to be computed from
     stored ones, those. ``progress(bytes_done, bytes_total)`` is called from this thread, of bytes held. ``threads``
-    defaults to the number of cores, from 2 to 4. Raises :class:`CheckpointError` naming a tensor that cannot be
-    read, :class:`LoadCancelled`, and :class:`DoesNotFit` when memory does not suffice; in each case everything read
-    is freed.
+    defaults to the number of cores, from 2 to 4. Tensors are cut from ``memory`` as far as it goes. Raises
+    :class:`CheckpointError` naming a tensor that cannot be read, :class:`LoadCancelled`, and :class:`DoesNotFit` when
+    memory does not suffice; in each case everything read is freed.
     """
     threads = threads or max(2, min(4, os.cpu_count() or 2))
-    held = _allocate(source, shards, rank, device)
+    held = _allocate(source, shards, rank, device, memory or PreparedMemory(0))
     total = sum(_nbytes(one.tensor) for one in held)
     with _Pool(threads) as pool:
         works = _schedule(_items(source, held, shards, rank))
@@ -86,7 +88,10 @@ def load_shards(
     return Loaded({name: one.tensor for one in held for name in one.names}, total, combined_digest(contents))
 
 
-def _allocate(source: Source, shards: Mapping[str, Shard], rank: int, device: torch.device) -> list[_Held]:
+def _allocate(
+    source: Source, shards: Mapping[str, Shard], rank: int, device: torch.device, memory: PreparedMemory
+) -> list[_Held]:
+    memory.stop()
     values = source.tensors()
     distinct: dict[tuple[int, Shard], _Held] = {}
     for name, shard in shards.items():
@@ -98,10 +103,13 @@ def _allocate(source: Source, shards: Mapping[str, Shard], rank: int, device: to
             distinct[key].names.append(name)
             continue
         try:
-            tensor = empty_weight(shard.local_shape(value.shape, rank), value.dtype, device)
+            shape = shard.local_shape(value.shape, rank)
+            prepared = memory.take(shape, value.dtype)
+            tensor = empty_weight(shape, value.dtype, device) if prepared is None else prepared
         except (RuntimeError, MemoryError) as error:  # torch's host allocator raises a bare RuntimeError
             raise DoesNotFit(f"no memory for rank {rank}'s part of {name} on {device}: {error}") from error
         distinct[key] = _Held([name], tensor)
+    memory.release()
     return list(distinct.values())
 
 

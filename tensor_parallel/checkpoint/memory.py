@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+HUGE_PAGE_BYTES = 2 << 20
 _HUGE_FROM = 4 << 20
 _MADV_HUGEPAGE = 14
 
@@ -21,14 +22,15 @@ def empty_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
     tensor = torch.empty(list(shape), dtype=dtype, device=device)
     nbytes = tensor.numel() * tensor.element_size()
     if device.type == "cpu" and nbytes >= _HUGE_FROM and sys.platform == "linux":
-        _advise_huge(tensor.data_ptr(), nbytes)
+        advise_huge(tensor.data_ptr(), nbytes)
     return tensor
 
 
-def _advise_huge(address: int, nbytes: int) -> None:
+def advise_huge(address: int, nbytes: int) -> None:
+    """Ask for huge pages; refused where they are switched off, which costs nothing but speed."""
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (address + nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0:  # refusal (huge pages switched off) costs nothing but speed
+    if length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_HUGEPAGE))
 
 

@@ -93,6 +93,11 @@ class Source(ABC):
         distinct = {id(value): value.numel() * value.element_size() for value in self.tensors().values()}
         return sum(distinct.values())
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the checkpoint's files that were read so far: headers, samples for the digest, and weights."""
+        return sum(file.bytes_read for file in {stored.file for stored in self.stored()})
+
     def digest(self) -> str:
         """Digest of config, headers, sizes and samples of the content; equal on every rank that reads the same
         checkpoint.

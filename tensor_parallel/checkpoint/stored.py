@@ -8,6 +8,7 @@ every model in it.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ class StoredFile:
         self.descriptor = open_regular(path, directory, root)
         weakref.finalize(self, os.close, self.descriptor)
         self.size = os.fstat(self.descriptor).st_size
+        self.bytes_read = 0
+        """All that was asked of the file so far, by any thread."""
+        self._counting = threading.Lock()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset``. Raises :class:`CheckpointError` if the file has become shorter or cannot
@@ -44,6 +48,8 @@ class StoredFile:
             if got == 0:
                 raise CheckpointError(f"{self.name} ends at byte {offset + done}: it was truncated after it was opened")
             done += got
+        with self._counting:
+            self.bytes_read += done
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``."""

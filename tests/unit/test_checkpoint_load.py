@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tensor_parallel.checkpoint.digest import combined_digest, content_digest
 from tensor_parallel.checkpoint.lazy import LazyTensor
 from tensor_parallel.checkpoint.memory import available_bytes, empty_weight, peak_bytes
 from tensor_parallel.checkpoint.options import SourceOptions
+from tensor_parallel.checkpoint.prepared import PreparedMemory
 from tensor_parallel.checkpoint.safetensors_header import read_header
 from tensor_parallel.checkpoint.stored import StoredFile, StoredTensor
 from tensor_parallel.errors import CheckpointError, DoesNotFit, LoadCancelled
@@ -218,6 +220,66 @@ def test_weights_are_allocated_as_asked() -> None:
     for shape, dtype in (((3, 5), torch.bfloat16), ((1200, 1001), torch.float32), ((0, 4), torch.int64)):
         tensor = empty_weight(shape, dtype, CPU)
         assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+
+
+@pytest.mark.parametrize("prepared", [0.5, 1.0, 3.0])
+def test_weights_lie_in_memory_that_was_prepared_as_far_as_it_goes(prepared: float, tmp_path: Path) -> None:
+    """The rest is allocated, or given back."""
+    torch.manual_seed(2)
+    big = ("rows", "b", "c", "d")
+    values = {name: torch.randn(1500, 1000) for name in big} | {"empty": torch.empty(0, 4), "one": torch.ones(1)}
+    values |= {"bytes": torch.arange(100).to(torch.uint8), "half": torch.randn(7, 3).bfloat16()}
+    save_file(values, tmp_path / "x.safetensors")
+    shards = {name: Shard.even(0, 1500, 2) if name in big else Shard.replicated() for name in values}
+    source = Files(tmp_path / "x.safetensors")
+    held = load_shards(source, shards, 1, device=CPU)
+    with PreparedMemory(int(held.nbytes * prepared)) as memory:
+        mapped = range(memory.address, memory.address + memory.size)
+        loaded = load_shards(source, shards, 1, device=CPU, memory=memory)
+    inside = [tensor for tensor in loaded.tensors.values() if tensor.data_ptr() in mapped]
+    assert loaded.digest == held.digest
+    assert sum(tensor.nbytes for tensor in inside) >= min(prepared, 0.95) * held.nbytes - 3_000_000
+    assert (len(inside) < len(values) - 1) == (prepared < 1)
+    for name, value in values.items():
+        assert torch.equal(loaded.tensors[name], shards[name].take(value, 1)), name
+        assert loaded.tensors[name].untyped_storage().nbytes() == loaded.tensors[name].nbytes
+        assert loaded.tensors[name].data_ptr() % 64 == 0
+    resident, used = _resident(mapped), sum(tensor.nbytes for tensor in inside)
+    assert used <= resident <= used + (2 << 20)
+    del loaded, inside
+    assert _resident(mapped) == 0
+
+
+def _resident(addresses: range) -> int:
+    """Bytes of memory behind the mapping that begins before these addresses, if there is one."""
+    found = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin < addresses.stop and addresses.start < end
+        elif first == "Rss:" and inside:
+            found += int(line.split()[1]) << 10
+    return found
+
+
+def test_memory_is_prepared_meanwhile_and_given_back_when_nothing_is_taken() -> None:
+    with PreparedMemory(24 << 20) as memory:
+        mapped = range(memory.address, memory.address + memory.size)
+        deadline = time.monotonic() + 20
+        while memory.present < memory.size and time.monotonic() < deadline:
+            memory.wait(0.1)
+        assert memory.present == memory.size == _resident(mapped) == 24 << 20
+    assert _resident(mapped) == 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "prepare-memory"]
+
+
+def test_memory_is_prepared_only_where_there_is_room() -> None:
+    assert PreparedMemory.for_weights(1 << 60, 1 << 10, CPU).size == 0
+    assert PreparedMemory.for_weights(32 << 20, 2, torch.device("meta")).size == 0
+    assert PreparedMemory.for_weights(32 << 20, 2, CPU).size in (0, 16 << 20)
+    with PreparedMemory(0) as memory:
+        assert memory.take([4], torch.float32) is None
 
 
 def test_memory_is_known_here() -> None:
