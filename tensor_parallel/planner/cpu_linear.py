@@ -17,8 +17,8 @@ FEWEST = 8
 """Rows; MKL has kernels of its own for fewer."""
 MOST = {1: 128, 2: 24}
 """Rows, by the number of threads: several threads copy the weight together."""
-SMALLEST = 1 << 18
-"""Elements of the weight; a smaller one stays in a core's cache."""
+SMALLEST = 1 << 20
+"""Elements of the weight: a smaller one is copied within a core's cache, which costs less than the transpositions."""
 
 _linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch._C._nn.linear
 _available = torch.backends.mkl.is_available()

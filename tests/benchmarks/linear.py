@@ -10,7 +10,7 @@ import torch
 from tensor_parallel.planner.cpu_linear import MOST, linear, linear_features_first
 from tests.benchmarks.report import Report
 
-SHAPES = ((8192, 4096), (2048, 1024), (688, 512), (192, 384))
+SHAPES = ((8192, 4096), (2048, 1024), (1024, 1024), (512, 512))
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
 SECONDS = 0.4
 

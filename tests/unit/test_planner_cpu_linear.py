@@ -43,9 +43,9 @@ def products(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("function", [linear, linear_features_first])
 def test_any_number_of_rows(threads, products, function, bias):
-    weight, bias = torch.randn(640, 512), torch.randn(640) if bias else None
+    weight, bias = torch.randn(1280, 1024), torch.randn(1280) if bias else None
     for rows in ROWS:
-        x = torch.randn(rows, 512)
+        x = torch.randn(rows, 1024)
         found = function(x, weight, bias)
         torch.testing.assert_close(found, functional.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
         if function is linear:
@@ -55,14 +55,14 @@ def test_any_number_of_rows(threads, products, function, bias):
 
 @pytest.mark.parametrize("function", [linear, linear_features_first])
 def test_any_shape_layout_and_type(function):
-    weight, bias = torch.randn(640, 512), torch.randn(640)
+    weight, bias = torch.randn(1280, 1024), torch.randn(1280)
     for x in (
-        torch.randn(2, 5, 3, 512),
-        torch.randn(512),
-        torch.randn(512, 20).t(),
-        torch.randn(4, 512, 8).transpose(1, 2),
-        torch.randn(32, 1024)[:, ::2],
-        torch.randn(1, 512).expand(16, 512),
+        torch.randn(2, 5, 3, 1024),
+        torch.randn(1024),
+        torch.randn(1024, 20).t(),
+        torch.randn(4, 1024, 8).transpose(1, 2),
+        torch.randn(32, 2048)[:, ::2],
+        torch.randn(1, 1024).expand(16, 1024),
     ):
         for kind in (torch.float32, torch.float64, torch.bfloat16):
             arguments = x.to(kind), weight.to(kind), bias.to(kind)
@@ -73,10 +73,10 @@ def test_any_shape_layout_and_type(function):
 
 def test_a_layout_by_features_goes_from_one_product_to_the_next():
     """Nothing is transposed in between: the second product sees the first one's memory."""
-    x, first, second = torch.randn(2, 8, 512), torch.randn(768, 512), torch.randn(512, 768)
+    x, first, second = torch.randn(2, 8, 1024), torch.randn(1536, 1024), torch.randn(1024, 1536)
     hidden = linear_features_first(x, first)
-    assert hidden.shape == (2, 8, 768)
-    flat = torch.relu(hidden).reshape(-1, 768).t()
+    assert hidden.shape == (2, 8, 1536)
+    flat = torch.relu(hidden).reshape(-1, 1536).t()
     assert flat.is_contiguous() == torch.backends.mkl.is_available()
     wanted = functional.linear(torch.relu(functional.linear(x, first)), second)
     torch.testing.assert_close(linear(torch.relu(hidden), second), wanted, rtol=1e-4, atol=1e-3)
@@ -108,7 +108,7 @@ def test_only_products_that_feed_a_product_are_laid_out_by_features(name):
     made, outputs, free = LAYOUTS[name]
     steps = [Step(fn, tuple(Ref(a) for a in args), {}, 2 + i, "") for i, (fn, *args) in enumerate(made)]
     program = Program(2, [0], {"weight": 1}, {}, steps, [Ref(n) for n in outputs], {}, 2 + len(steps))
-    x, weight = torch.randn(512, 512)[:, :512], torch.randn(512, 512) / 20
+    x, weight = torch.randn(1024, 1024), torch.randn(1024, 1024) / 32
     x = x if name == "the weight of another" else x[:16]
     found = {}
     for recording in (True, False):
