@@ -58,6 +58,8 @@ def search(
     size = max(1, len(traced.graph.nodes))
     budget = tries if tries is not None else min(120, max(6, _WORK // size))
     best = evaluate(traced, tensors, ranks, network, {}, gather_outputs)
+    if ranks == 1:
+        return best  # nothing is divided: all plans are this one
     tried: set[tuple[tuple[str, str], ...]] = set()
     classes = _classes(tensors)
 

@@ -184,6 +184,7 @@ PEAK = """
 import resource, sys, torch
 from pathlib import Path
 from tensor_parallel.checkpoint import load_shards
+from tensor_parallel.checkpoint.prepared import PreparedMemory
 from tests.unit.test_checkpoint_load import Files
 from tensor_parallel.planner.shard import Shard
 
@@ -192,17 +193,20 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 load_shards(source, {"half": Shard.replicated()}, 0, device=torch.device("cpu"))
 before = peak()
 shards = {"rows": Shard.even(0, 40000, 4), "columns": Shard.even(1, 8192, 4)}
-loaded = load_shards(source, shards, 1, device=torch.device("cpu"), threads=2)
+with PreparedMemory(int(sys.argv[2])) as memory:
+    memory.wait(10)
+    loaded = load_shards(source, shards, 1, device=torch.device("cpu"), threads=2, memory=memory)
 print(peak() - before, loaded.nbytes)
 """
 
 
-def test_peak_memory_is_the_shard_and_a_staging_buffer_per_thread(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prepared", [0, (40_000 * 1024 + 5_000 * 8192) * 4 // 4])
+def test_peak_memory_is_the_shard_and_a_staging_buffer_per_thread(prepared: int, tmp_path: Path) -> None:
     big = {"rows": torch.zeros(40_000, 1024), "columns": torch.zeros(5_000, 8192), "half": torch.zeros(2)}
     save_file(big, tmp_path / "x.safetensors")
     del big
     result = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path / "x.safetensors")],
+        [sys.executable, "-c", PEAK, str(tmp_path / "x.safetensors"), str(prepared)],
         cwd=ROOT,
         capture_output=True,
         text=True,

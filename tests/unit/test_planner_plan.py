@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tensor_parallel import Group
 from tensor_parallel.errors import PlanError
-from tensor_parallel.planner import Network, describe, instantiate, make_plan
+from tensor_parallel.planner import Network, describe, instantiate, make_plan, search
 from tensor_parallel.planner.plan import Plan
 from tensor_parallel.planner.shard import Shard
 
@@ -95,3 +95,14 @@ def test_a_dtype_that_is_none_is_refused(plan: Plan, name: str) -> None:
     text = plan.to_json().replace('"torch.int64"', f'"torch.{name}"')
     with pytest.raises(ValueError, match="is not a dtype"):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(("ranks", "several"), [(1, False), (2, True)])
+def test_one_rank_has_one_plan(ranks: int, several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is divided, so that nothing else is tried."""
+    tried: list[int] = []
+    evaluate = search.evaluate
+    monkeypatch.setattr(search, "evaluate", lambda *a, **k: tried.append(ranks) or evaluate(*a, **k))
+    made = make_plan(Lookup(), IDS, ranks, gather_outputs=True)
+    assert made.mode == "graph"
+    assert (len(tried) > 1) == several
