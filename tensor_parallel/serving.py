@@ -197,6 +197,9 @@ def load_model(
         return parts.pop(name)
 
     module = instantiate(plan, model, rank=rank, group=group, read=read, device=device)
+    if isinstance(module, ShardedModule):
+        _stop_if(stop)
+        module.plan_branches()  # a request would wait for it, and all behind it
     if parsed.verify and plan.mode == "modules" and plan.digest() != parsed.known_plan:
         _stop_if(stop)
         _rehearse(module, source, device)

@@ -7,7 +7,7 @@ stay untraceable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -29,9 +29,9 @@ _DECISIONS = (Tensor.__bool__, Tensor.item)
 class Decided(TorchFunctionMode):
     """While a model is traced: what follows from the inputs alone is computed from the example's too."""
 
-    def __init__(self, flipped: int | None = None) -> None:
+    def __init__(self, flipped: Collection[int] = ()) -> None:
         super().__init__()
-        self.flipped = flipped  # a branch to take the other way
+        self.flipped = frozenset(flipped)  # branches to take the other way
         self._known: Any = WeakIdKeyDictionary()  # of the trace's tensors: those of the example
         self.conditions: list[Tensor] = []
         self.decisions: list[bool] = []
@@ -73,7 +73,7 @@ class Decided(TorchFunctionMode):
         if func in _DECISIONS and (value := self._known.get(args[0])) is not None and value.dtype == torch.bool:
             self.conditions.append(args[0])
             with _disable_current_modes(), torch._C.DisableTorchFunction():
-                self.decisions.append(bool(value) is not (self.flipped == len(self.decisions)))
+                self.decisions.append(bool(value) is not (len(self.decisions) in self.flipped))
             return self.decisions[-1]
         if func is torch.div and (quotient := _quotient(args, kwargs)) is not None:
             return quotient
@@ -145,7 +145,11 @@ class Branches:
         self.steps.reverse()
 
     def hold(self, leaves: Sequence[Any]) -> bool:
-        """Whether these inputs decide as the example did; computed on the CPU, as the trace was."""
+        """Whether these inputs decide as the trace does."""
+        return self.decide(leaves) == self.decisions
+
+    def decide(self, leaves: Sequence[Any]) -> list[bool]:
+        """How these inputs decide, on the way that the trace went; computed on the CPU, as the trace was."""
         values: dict[fx.Node, Any] = dict(self.constants)
         for node, leaf in zip(self.inputs, leaves, strict=True):
             if node is not None:
@@ -154,5 +158,4 @@ class Branches:
             for node in self.steps:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[misc]
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        pairs = zip(self.conditions, self.decisions, strict=True)
-        return all(bool(values[node]) == decision for node, decision in pairs)
+        return [bool(values[node]) for node in self.conditions]

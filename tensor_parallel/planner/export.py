@@ -13,7 +13,7 @@ import inspect
 import itertools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,10 +97,11 @@ class Traced:
         return tuple(tuple(dim[k] for dim in per_dim) for k in range(len(self.assignments)))
 
 
-def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, flipped: Collection[int] = ()) -> Traced:
     """Trace ``model`` called as ``model(*args, **kwargs)``, with as many dimensions left free as it allows.
 
-    Raises :class:`PlanError` when the model cannot be expressed as one functional graph.
+    ``flipped``: branches on inputs' values, by number, that are taken the other way than these inputs decide. Raises
+    :class:`PlanError` when the model cannot be expressed as one functional graph.
     """
     failures: list[str] = []
     for example_args, example_kwargs, free in _attempts(args, kwargs):
@@ -110,7 +111,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
             failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
             log.debug("tracing failed (free dims: %s): %s", free, failures[-1])
             if _hopeless(error):
-                resolved = _with_branches(model, example_args, example_kwargs, free)
+                resolved = _with_branches(model, example_args, example_kwargs, free, flipped)
                 if resolved is not None:
                     return _collect(resolved[0], example_args, example_kwargs, resolved[1])
                 break
@@ -124,20 +125,24 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
 _Resolved = tuple[torch.export.ExportedProgram, branches.Decided]
 
 
-def _with_branches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: str) -> _Resolved | None:
+def _with_branches(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: str, flipped: Collection[int]
+) -> _Resolved | None:
     """A trace in which loops over set indices visit every index, and branches on inputs go the example's way, if that
     is what it takes. Inputs that decide otherwise must be traceable too."""
     loops: hits.Unrolled | None = hits.Unrolled()
     while loops is not None:
         try:
-            first = _resolve(model, args, kwargs, free, loops, flipped=0)
+            if flipped:
+                return _resolve(model, args, kwargs, free, loops, flipped)
+            first = _resolve(model, args, kwargs, free, loops, {0})
             if not first[1].decisions:
                 return first
-            taken = _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), flipped=None)
+            taken = _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), ())
             if len(taken[1].decisions) > branches.MOST:
                 raise PlanError(f"more than {branches.MOST} branches on values")
             for index in range(1, len(taken[1].decisions)):
-                _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), flipped=index)
+                _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), {index})
             return taken
         except Exception as error:
             log.debug("tracing with control flow resolved failed: %s: %s", type(error).__name__, error)
@@ -151,7 +156,7 @@ def _resolve(
     kwargs: dict[str, Any],
     free: str,
     loops: hits.Unrolled,
-    flipped: int | None,
+    flipped: Collection[int],
 ) -> _Resolved:
     decided = branches.Decided(flipped)
     with decided.around(model, args, kwargs):
@@ -331,7 +336,8 @@ def _collect(
         conditions, outputs = outputs[count:], outputs[:count]
         values = dict(constants.values())
         taken = branches.Branches(conditions, decided.decisions, inputs, values) if conditions else None
-        if taken is not None and not taken.hold(pytree.tree_leaves((args, kwargs))):
+        expected = [decision is not (i in decided.flipped) for i, decision in enumerate(decided.decisions)]
+        if taken is not None and taken.decide(pytree.tree_leaves((args, kwargs))) != expected:
             raise PlanError("the trace decides otherwise than the model")
     return Traced(
         graph=exported.graph,

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -101,15 +101,16 @@ def plan_skeleton(
     known: str = "",
     network: Network | None = None,
     fixed: Mapping[str, Shard] | None = None,
+    flipped: Collection[int] = (),
 ) -> Plan:
     """Plan a skeleton in its present mode. ``fixed`` shards are those already held: only the computation is
-    planned then."""
+    planned then. ``flipped``: see :func:`~tensor_parallel.planner.export.trace`."""
     tensors = Tensors(twin)
     args, kwargs = _on_cpu(args), _on_cpu(kwargs)
     try:
         with _TRACING, warnings.catch_warnings(), reserved(twin):
             warnings.simplefilter("ignore")
-            traced = trace(twin, args, kwargs)
+            traced = trace(twin, args, kwargs, flipped=flipped)
         return plan_traced(
             twin,
             traced,
@@ -155,7 +156,11 @@ def plan_traced(
     network: Network,
     fixed: Mapping[str, Shard] | None,
 ) -> Plan:
-    """The best proven plan for a trace. Raises :class:`PlanError`."""
+    """The best proven plan for a trace. Raises :class:`PlanError`.
+
+    A model with branches gives whole outputs, so that they are alike whichever way it went.
+    """
+    gather_outputs = gather_outputs or traced.branches is not None
     if fixed is None:
         best = searching.search(traced, tensors, world_size, network, gather_outputs=gather_outputs)
     else:
@@ -276,13 +281,26 @@ def instantiate_skeleton(
 
     divides_rows = any(item.kind == "reduce_scatter" for item in plan.collectives)
 
-    def planner(args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> tuple[Plan, Compiled]:
+    whole_outputs = all(output.shard is None or output.shard.dim is None for output in plan.outputs)
+
+    def planner(
+        args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, flipped: Collection[int] = ()
+    ) -> tuple[Plan, Compiled]:
         twin.train(training)
         other = plan_skeleton(
-            twin, args, kwargs, plan.world_size, fixed=plan.shards, sequence_parallel=training and divides_rows
+            twin,
+            args,
+            kwargs,
+            plan.world_size,
+            gather_outputs=whole_outputs,
+            fixed=plan.shards,
+            sequence_parallel=training and divides_rows,
+            flipped=flipped,
         )
         if other.mode != "graph":
             raise PlanError("; ".join(other.notes))
+        if not whole_outputs and [o.shard for o in other.outputs] != [o.shard for o in plan.outputs]:
+            raise PlanError("these inputs need another program, whose outputs would not be divided as those before")
         return other, other.artifact
 
     module._planner = planner

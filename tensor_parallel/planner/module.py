@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from tensor_parallel.planner.plan import FREE, Plan
 from tensor_parallel.planner.program import Program
 
 _Slot = tuple[dict[str, Any], str]
+_AHEAD = 2  # branches whose every combination is planned when the model is loaded
 _REMEMBERED = 4096  # combinations of sizes whose check is remembered
 
 
@@ -99,7 +101,7 @@ class ShardedModule(nn.Module):
         self._group, self._device = group, device
         self._runners: dict[Any, list[Runner]] = {}
         self._by_name: dict[Any, list[Runner]] = {}  # the same lists, found without building a tree of the arguments
-        self._planner: Callable[[tuple[Any, ...], dict[str, Any], bool], tuple[Plan, Compiled]] | None = None
+        self._planner: Callable[..., tuple[Plan, Compiled]] | None = None
 
     # ------------------------------------------------------------------ tensors by name
     def hold(self, name: str, tensor: Tensor, *, is_parameter: bool, requires_grad: bool, persistent: bool) -> None:
@@ -188,3 +190,24 @@ class ShardedModule(nn.Module):
         runner = Runner(plan, compiled, self, self._group, self._device)
         self._runners.setdefault(key, []).append(runner)
         return runner, leaves
+
+    def plan_branches(self) -> int:
+        """Plan now what inputs that decide otherwise would need later, for at most :data:`_AHEAD` branches; how many
+        programs that made. Raises :class:`PlanError`."""
+        made = 0
+        for runner in [runner for runners in self._runners.values() for runner in runners]:
+            traced = runner.compiled.traced
+            if traced.branches is None or self._planner is None or len(traced.branches.decisions) > _AHEAD:
+                continue
+            known = {tuple(traced.branches.decisions)}
+            numbers = range(len(traced.branches.decisions))
+            args, kwargs = pytree.tree_unflatten(traced.example, traced.in_spec)
+            for flipped in [set(some) for count in numbers for some in combinations(numbers, count + 1)]:
+                plan, compiled = self._planner(args, kwargs, self.training, flipped)
+                assert compiled.traced.branches is not None
+                decisions = tuple(compiled.traced.branches.decisions)
+                if decisions not in known:
+                    known.add(decisions)
+                    self.add_program(plan, compiled)
+                    made += 1
+        return made

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tensor_parallel import Group
-from tensor_parallel.planner import make_plan
+from tensor_parallel.planner import instantiate, make_plan
 from tensor_parallel.wrapper import DistributedModelWrapper
 from tests.simulated import run_ranks
 
@@ -63,6 +63,52 @@ def test_each_way_is_a_graph_planned_when_first_taken(example: Tensor) -> None:
             assert_close(got, model(ids).detach(), rtol=1e-4, atol=1e-5)
     for wrapper in wrappers:
         assert len(next(iter(wrapper._inner[0]._runners.values()))) == 2
+
+
+class Twice(Masked):
+    """A second branch, on either way of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 40)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = super().forward(ids)
+        if ids.gt(8).all():
+            hidden = hidden * 2
+        return self.head(hidden)
+
+
+def test_all_ways_can_be_planned_ahead_and_give_outputs_alike() -> None:
+    model = Twice()
+    plan = make_plan(model, {"ids": PLAIN}, 2, gather_outputs=False)
+    assert plan.mode == "graph", plan.notes
+    assert all(output.shard is None or output.shard.dim is None for output in plan.outputs)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    modules = [
+        instantiate(
+            plan,
+            model,
+            rank=rank,
+            group=Group(rank, 2),
+            read=lambda name, shard, rank=rank: shard.take(state[name], rank),
+        ).eval()
+        for rank in range(2)
+    ]
+    cases = (PLAIN, PADDED, PADDED + 8, PADDED.clamp_min(9), torch.full((1, 3), 9))
+    for module in modules:
+        assert module.plan_branches() == 3
+        module._planner = None  # nothing is planned later
+
+    def body(group: Group) -> Any:
+        module = modules[group.rank]
+        module._group.bind(group.backend)
+        with torch.inference_mode():
+            return [module(ids=ids) for ids in cases]
+
+    for results in run_ranks(2, body):
+        for ids, got in zip(cases, results, strict=True):
+            assert_close(got, model(ids).detach(), rtol=1e-4, atol=1e-5)
 
 
 class Untraceable(Masked):

@@ -158,3 +158,34 @@ def test_a_model_that_cannot_be_traced_at_all_is_a_plan_error(archive: Path, mon
     monkeypatch.setattr("tensor_parallel.planner.make_plan", fail)
     with pytest.raises(PlanError, match=r"model\.pt2 cannot be planned: ZeroDivisionError"):
         load(open_source(archive))
+
+
+class Padded(torch.nn.Module):
+    """Looks whether anything is masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 12)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.layer(x)
+        return hidden if mask.all() else hidden * mask.unsqueeze(-1)
+
+
+def padded() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Padded().eval(), {"x": torch.zeros(2, 8), "mask": torch.ones(2, dtype=torch.bool)}
+
+
+def test_no_request_waits_for_a_plan() -> None:
+    """What inputs decide is planned for when the model is loaded, whichever way it goes."""
+    model = load(
+        open_source("tests.unit.test_serving_model:padded", factories=("tests.unit.test_serving_model:padded",))
+    )
+    assert model.plan.mode == "graph"
+    model._module._planner = None
+    unsharded = padded()[0]
+    for mask in (torch.tensor([True, True]), torch.tensor([True, False])):
+        inputs = {"x": torch.randn(2, 8), "mask": mask}
+        with torch.no_grad():
+            assert torch.allclose(model.run(inputs)["output"], unsharded(**inputs), atol=1e-6)
