@@ -199,7 +199,8 @@ def plan_traced(
 
 def _verify(twin: nn.Module, prover: Prover, traced: Traced, tensors: Tensors, shards: Mapping[str, Shard]) -> str:
     buffers = {tensors.canonical(name): buffer for name, buffer in twin.named_buffers(remove_duplicate=False)}
-    return verify.verify(prover, traced, tensors, shards, buffers)
+    with _TRACING:  # the model's own code runs, which asks whether it is being traced
+        return verify.verify(prover, traced, tensors, shards, buffers, twin)
 
 
 def _shapes(traced: Traced) -> list[tuple[int, ...] | None]:

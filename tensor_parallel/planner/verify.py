@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from tensor_parallel.errors import PlanError
-from tensor_parallel.planner import simulate
+from tensor_parallel.planner import own_code, simulate
 from tensor_parallel.planner.chance import certain, without_dropout
 from tensor_parallel.planner.engine import Value
 from tensor_parallel.planner.export import Traced
@@ -41,10 +41,15 @@ class Mismatch(PlanError):
 
 
 def verify(
-    prover: Prover, traced: Traced, tensors: Tensors, shards: Mapping[str, Shard], buffers: Mapping[str, Tensor]
+    prover: Prover,
+    traced: Traced,
+    tensors: Tensors,
+    shards: Mapping[str, Shard],
+    buffers: Mapping[str, Tensor],
+    twin: nn.Module | None = None,
 ) -> str:
     """Whether, and how, the plan was verified. Raises :class:`Mismatch`, naming the first operation that differs,
-    unless every rank computes what the model does.
+    unless every rank computes what the trace does, and the trace what ``twin``'s own code does.
 
     Nothing is dropped by dropout on either side. Tensors of one role in different layers share their values where that
     makes a larger model affordable. A mismatch in float32 is judged again in float64, to a tighter tolerance: a wrong
@@ -62,7 +67,52 @@ def verify(
         log.info("%s in float32, equal in float64: rounding that this model's random weights amplify", problem)
     elif problem is not None:
         raise Mismatch(f"the plan computes {problem}; first difference: {where()}")
-    return "whole model, layers alike" if alike else "whole model"
+    found = "whole model, layers alike" if alike else "whole model"
+    if twin is None or twin.training:  # in training the model's own code drops out
+        return found
+    try:
+        _check_trace(twin, traced, tensors, full)
+    except own_code.NotComparable as reason:
+        log.info("the trace is not compared with the model's own code: %s", reason)
+        return f"{found}, as traced"
+    return found
+
+
+def _check_trace(twin: nn.Module, traced: Traced, tensors: Tensors, full: Mapping[str, Tensor]) -> None:
+    """Raises :class:`Mismatch` or :class:`~tensor_parallel.planner.own_code.NotComparable`."""
+
+    def problem(weights: Mapping[str, Tensor], wide: bool) -> str:
+        widened = _widened if wide else _same
+        constants = {name: widened(tensor) for name, (_, tensor) in traced.constants.items()}
+        inputs = [widened(leaf) for leaf in traced.example]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            own = own_code.outputs(twin, traced, tensors, weights, _clones(inputs))
+            trace = _reference(traced, tensors, weights, constants, inputs)
+        return own_code.differs(traced, own, trace, distance, (lambda _: WIDE_TOLERANCE) if wide else tolerance)
+
+    found = problem(full, False)
+    if not found:
+        return
+    try:
+        agree = not problem(_wide(full), True)
+    except (own_code.NotComparable, RuntimeError):
+        agree = False
+    if not agree:
+        raise Mismatch(f"the trace computes {found}, compared with the model's own code")
+
+
+def _wide(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    made = {id(t): t.double() if t.is_floating_point() else t for t in full.values()}
+    return {name: made[id(t)] for name, t in full.items()}
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _affordable(tensors: Tensors) -> bool:
@@ -98,10 +148,8 @@ def _agrees_in_float64(
     full: Mapping[str, Tensor],
 ) -> bool:
     """Whether both agree closely in double precision; False for graphs with precisions written into them."""
-    made = {id(t): t.double() if t.is_floating_point() else t for t in full.values()}
-    wide = {name: made[id(t)] for name, t in full.items()}
     try:
-        problem, _ = _compare(program, prover, traced, tensors, shards, wide, wide=True)
+        problem, _ = _compare(program, prover, traced, tensors, shards, _wide(full), wide=True)
     except RuntimeError:
         return False
     return problem is None
@@ -125,9 +173,7 @@ def _compare(
             cache[key] = shards[name].take(full[name], rank)
         return cache[key]
 
-    def widened(value: Any) -> Any:
-        return value.double() if wide and isinstance(value, Tensor) and value.is_floating_point() else value
-
+    widened = _widened if wide else _same
     constants = {name: widened(tensor) for name, (_, tensor) in traced.constants.items()}
     inputs = [widened(leaf) for leaf in traced.example]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
