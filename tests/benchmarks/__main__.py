@@ -97,9 +97,23 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Report]]] = {
     "scale": _scale,
 }
 PLOTS: dict[str, dict[str, object]] = {
+    "collectives": {
+        "x": ["operation", "kib"],
+        "ys": ["gloo_us", "shm_us"],
+        "ylabel": "us",
+        "log": True,
+        "only": {"operation": "all_reduce"},
+    },
+    "linear": {
+        "x": ["layer", "rows"],
+        "ys": ["torch_us", "linear_us", "features_first_us"],
+        "ylabel": "us per call, 1 thread",
+        "log": True,
+        "only": {"threads": 1, "layer": "1024 to 2048"},
+    },
     "scaling": {
         "x": ["model", "batch"],
-        "ys": ["unsharded_ms", "two_ranks_ms"],
+        "ys": ["torch_ms", "unsharded_ms", "two_ranks_ms"],
         "ylabel": "ms per forward",
         "log": True,
     },

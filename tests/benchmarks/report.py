@@ -8,7 +8,7 @@ import platform
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,20 @@ def write_json(path: Path, reports: Sequence[Report]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def plot(report: Report, path: Path, *, x: Sequence[str], ys: Sequence[str], ylabel: str, log: bool = False) -> None:
+def plot(
+    report: Report,
+    path: Path,
+    *,
+    x: Sequence[str],
+    ys: Sequence[str],
+    ylabel: str,
+    log: bool = False,
+    only: Mapping[str, Any] | None = None,
+) -> None:
     """One grouped bar chart of ``ys`` over what the rows have in columns ``x``, as SVG or PNG by the suffix.
 
-    Rows that are ratios of others, and say so, are left to the table.
+    ``only``: what the rows that are drawn have in some columns. Rows that are ratios of others, and say so, are left
+    to the table.
     """
     import matplotlib
 
@@ -117,6 +127,7 @@ def plot(report: Report, path: Path, *, x: Sequence[str], ys: Sequence[str], yla
     from matplotlib import pyplot as plt
 
     measured = [row for row in report.rows if not str(row.get(x[0])).startswith("ratio")]
+    measured = [row for row in measured if all(row.get(key) == value for key, value in (only or {}).items())]
     rows = [row for row in measured if any(isinstance(row.get(y), int | float) for y in ys)]
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     width = 0.8 / len(ys)
