@@ -21,7 +21,6 @@ import torch
 
 from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import runtime
-from tensor_parallel.planner.engine import Sym, Value
 from tensor_parallel.planner.program import PerRank, Program, Ref, Step, map_refs, prune
 from tensor_parallel.planner.rearrange import (
     Sizes,
@@ -32,6 +31,7 @@ from tensor_parallel.planner.rearrange import (
     sum_after_reshapes,
 )
 from tensor_parallel.planner.rows import treats_rows_alone
+from tensor_parallel.planner.values import Sym, Value
 
 aten = torch.ops.aten
 

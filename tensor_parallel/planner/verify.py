@@ -19,13 +19,13 @@ from torch import Tensor, fx, nn
 from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import own_code, simulate
 from tensor_parallel.planner.chance import certain, without_dropout
-from tensor_parallel.planner.engine import Value
 from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import Partial, Replicated, Sharded, counts, positions
 from tensor_parallel.planner.program import Program, map_refs
 from tensor_parallel.planner.prover import Prover
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.values import Value
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tensor_parallel.planner import make_plan
-from tensor_parallel.planner.engine import Call, Engine
+from tensor_parallel.planner.engine import Engine
 from tensor_parallel.planner.rules import PARTIAL_RULES, RULES
+from tensor_parallel.planner.values import Call
 
 X = {"x": torch.randn(3, 16, generator=torch.Generator().manual_seed(0))}
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from tensor_parallel.planner import runtime
-from tensor_parallel.planner.engine import Call, Engine, Value
+from tensor_parallel.planner.engine import Engine
 from tensor_parallel.planner.placement import Owners, Replicated, Sharded, Undecided, Unproven, positions
 from tensor_parallel.planner.program import PerRank, Ref
 from tensor_parallel.planner.rules.registry import rule
+from tensor_parallel.planner.values import Call, Value
 
 
 @rule("scaled_dot_product_attention", "_scaled_dot_product_attention")

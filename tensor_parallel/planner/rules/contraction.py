@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from tensor_parallel.planner import runtime
-from tensor_parallel.planner.engine import Call, Engine, Value
+from tensor_parallel.planner.engine import Engine
 from tensor_parallel.planner.placement import PARTIAL, Partial, Replicated, Sharded, Undecided, Unproven, positions
 from tensor_parallel.planner.program import PerRank, Ref
 from tensor_parallel.planner.rules.pointwise import is_pending
 from tensor_parallel.planner.rules.registry import partial_rule, rule
+from tensor_parallel.planner.values import Call, Value
 
 aten = torch.ops.aten
 Letters = tuple[str | None, ...]

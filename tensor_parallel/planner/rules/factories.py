@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tensor_parallel.planner.engine import REPLICATED, Call, Engine
-from tensor_parallel.planner.placement import Sharded, Undecided, Unproven
+from tensor_parallel.planner.engine import Engine
+from tensor_parallel.planner.placement import REPLICATED, Sharded, Undecided, Unproven
 from tensor_parallel.planner.rules.registry import rule
+from tensor_parallel.planner.values import Call
 
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty")

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensor_parallel.planner.engine import Call, Engine, Sym, Value
+from tensor_parallel.planner.engine import Engine
 from tensor_parallel.planner.placement import Owners, Sharded, Undecided, Unproven, pattern
 from tensor_parallel.planner.rules.registry import rule
 from tensor_parallel.planner.rules.reshape import sizes_of
+from tensor_parallel.planner.values import Call, Sym, Value
 
 aten = torch.ops.aten
 

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from tensor_parallel.planner import runtime
-from tensor_parallel.planner.engine import Call, Engine, Value
+from tensor_parallel.planner.engine import Engine
 from tensor_parallel.planner.placement import Owners, Partial, Replicated, Sharded, Unproven, counts
 from tensor_parallel.planner.program import PerRank, Ref
 from tensor_parallel.planner.rules.registry import rule
+from tensor_parallel.planner.values import Call, Value
 
 aten = torch.ops.aten
 

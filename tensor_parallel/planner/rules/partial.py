@@ -8,11 +8,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.planner import runtime
-from tensor_parallel.planner.engine import Call, Engine, Value
+from tensor_parallel.planner.engine import Engine
 from tensor_parallel.planner.placement import PARTIAL, Replicated, Unproven
 from tensor_parallel.planner.program import PerRank
 from tensor_parallel.planner.rules.pointwise import is_pending
 from tensor_parallel.planner.rules.registry import partial_rule
+from tensor_parallel.planner.values import Call, Value
 
 _SAME_SIZE = [
     "alias",

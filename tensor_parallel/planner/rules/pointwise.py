@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from tensor_parallel.planner.engine import Call, Engine, Value
+from tensor_parallel.planner.engine import Engine
 from tensor_parallel.planner.placement import Partial, Replicated, Sharded, Undecided, Unproven
 from tensor_parallel.planner.rules.registry import rule
+from tensor_parallel.planner.values import Call, Value
 
 UNARY = [
     "abs",

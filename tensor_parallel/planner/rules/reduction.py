@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from tensor_parallel.planner.engine import Call, Engine, Value
+from tensor_parallel.planner.engine import Engine
 from tensor_parallel.planner.placement import Partial, Replicated, Sharded, Unproven, counts, pattern
 from tensor_parallel.planner.program import PerRank
 from tensor_parallel.planner.rules.registry import rule
+from tensor_parallel.planner.values import Call, Value
 
 aten = torch.ops.aten
 
