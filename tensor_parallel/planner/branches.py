@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -23,7 +24,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tensor_parallel.errors import PlanError
 
 MOST = 4  # branches of one trace: each is traced the other way too
+AHEAD = 2  # branches of which every combination is traced, and planned when the model is loaded
 _DECISIONS = (Tensor.__bool__, Tensor.item)
+
+
+def other_ways(decisions: int) -> list[set[int]]:
+    """The branches to flip, of these many: every combination of a few, each alone of many."""
+    numbers = range(decisions)
+    counts = numbers if decisions <= AHEAD else range(min(1, decisions))
+    return [set(some) for count in counts for some in combinations(numbers, count + 1)]
 
 
 class Decided(TorchFunctionMode):
@@ -146,16 +155,24 @@ class Branches:
 
     def hold(self, leaves: Sequence[Any]) -> bool:
         """Whether these inputs decide as the trace does."""
-        return self.decide(leaves) == self.decisions
+        return self.decide(leaves, self.decisions) == self.decisions
 
-    def decide(self, leaves: Sequence[Any]) -> list[bool]:
-        """How these inputs decide, on the way that the trace went; computed on the CPU, as the trace was."""
+    def decide(self, leaves: Sequence[Any], expected: Sequence[bool]) -> list[bool]:
+        """How these inputs decide, on the way that the trace went; computed on the CPU, as the trace was. Ends with the
+        first decision that is not as ``expected``: what is computed after it may make no sense for such inputs."""
         values: dict[fx.Node, Any] = dict(self.constants)
         for node, leaf in zip(self.inputs, leaves, strict=True):
             if node is not None:
                 values[node] = leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+        decided: list[bool] = []
+        steps = iter(self.steps)
         with torch.no_grad():
-            for node in self.steps:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[misc]
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return [bool(values[node]) for node in self.conditions]
+            for condition, wanted in zip(self.conditions, expected, strict=True):
+                while condition not in values:
+                    node = next(steps)
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[misc]
+                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                decided.append(bool(values[condition]))
+                if decided[-1] is not wanted:
+                    break
+        return decided

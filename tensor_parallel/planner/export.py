@@ -141,8 +141,9 @@ def _with_branches(
             taken = _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), ())
             if len(taken[1].decisions) > branches.MOST:
                 raise PlanError(f"more than {branches.MOST} branches on values")
-            for index in range(1, len(taken[1].decisions)):
-                _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), {index})
+            for others in branches.other_ways(len(taken[1].decisions)):
+                if others != {0}:
+                    _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), others)
             return taken
         except Exception as error:
             log.debug("tracing with control flow resolved failed: %s: %s", type(error).__name__, error)
@@ -337,7 +338,7 @@ def _collect(
         values = dict(constants.values())
         taken = branches.Branches(conditions, decided.decisions, inputs, values) if conditions else None
         expected = [decision is not (i in decided.flipped) for i, decision in enumerate(decided.decisions)]
-        if taken is not None and taken.decide(pytree.tree_leaves((args, kwargs))) != expected:
+        if taken is not None and taken.decide(pytree.tree_leaves((args, kwargs)), expected) != expected:
             raise PlanError("the trace decides otherwise than the model")
     return Traced(
         graph=exported.graph,

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from tensor_parallel.errors import PlanError
 
 _MARK = "loop body"
+_INDEX = "loop index"
 MOST = 1024  # bodies in one graph; more would take longer to plan than anybody waits
 
 Place = tuple[str, int, int]
@@ -112,9 +113,9 @@ class Unrolled(TorchFunctionMode):
         found: Any = torch.nonzero(mask, as_tuple=True) if kwargs.get("as_tuple") else torch.nonzero(mask)
         for indices in found if isinstance(found, tuple) else (found,):
             if self._hit is not None:
-                torch._check(indices.shape[0] >= 2)  # a body is traced as one that finds something
+                torch._check(indices.shape[0] >= 1)  # a body is traced as one that finds something
             elif mask.ndim == 1 and isinstance(mask.shape[0], int):
-                self._found.append((mask, indices))
+                self._found.append((mask.ne(0), indices))  # as it is now: the loop may come after a write to it
         return found
 
     def _get(self, func: Callable[..., Any], tensor: Tensor, index: Any) -> Any:
@@ -123,8 +124,10 @@ class Unrolled(TorchFunctionMode):
         if number is not None and tensor.ndim == 1 and index in (0, -1):
             return self.numbered(number, 0)
         known = self._number(index) if isinstance(index, Tensor) else None
-        if known is None:
+        if known is None or not isinstance(tensor.shape[0], int):
             return func(tensor, index)
+        if known >= tensor.shape[0]:
+            raise IndexError(f"index {known} is out of bounds for dimension 0 with size {tensor.shape[0]}")
         return func(tensor, known if index.ndim == 0 else slice(known, known + 1))
 
     def _mask_of(self, indices: Tensor) -> Tensor | None:
@@ -154,14 +157,14 @@ class Unrolled(TorchFunctionMode):
         self.bodies += 1
         if self.bodies > MOST:
             raise PlanError(f"loops over set indices of more than {MOST} indices")
-        self._hit = mask[index].ne(0)
+        self._hit = mask[index]
         self._open, self._selects = True, False
 
-    def leave(self) -> None:
-        if not self._selects:
-            raise PlanError("a loop over set indices that selects nothing by them")
+    def leave(self) -> bool:
+        """Whether the body selected anything; one that skips its index does not."""
         self._hit = self._at = None
         self._numbers.clear()
+        return self._selects
 
     def end(self) -> None:
         self._open = False
@@ -186,18 +189,54 @@ class _Loop:
         mask = self.mask
         for index in sorted(refused):
             mask = _never(mask, index)
+        selects = False
         for index in sorted(set(range(count)) - refused):
             mode.enter(mask, place, index)
-            with annotate({_MARK: mode.bodies}):
+            with annotate({_MARK: mode.bodies, _INDEX: index}):
                 yield mode.numbered(index, self.ndim - 1)
-            mode.leave()
+            selects |= mode.leave()
+        if not selects:
+            raise PlanError("a loop over set indices that selects nothing by them")
         mode.end()
 
 
 def _never(mask: Tensor, index: int) -> Tensor:
-    """``mask``, by a computation that raises ``IndexError``, as the body would, where ``index`` is set."""
-    is_set = mask[index : index + 1].ne(0).long()
-    return mask.ne(0).logical_or(torch.zeros(1, dtype=torch.bool, device=mask.device).index_select(0, is_set))
+    """The boolean ``mask``, by a computation that raises ``IndexError``, as the body would, where ``index`` is set."""
+    is_set = mask[index : index + 1].long()
+    return mask.logical_or(torch.zeros(1, dtype=torch.bool, device=mask.device).index_select(0, is_set))
+
+
+class Visited(TorchFunctionMode):
+    """While a model's own code runs: loops over set indices visit only those that ``kept`` says, as if no other were
+    set. To be compared with a trace whose bodies for the others select nothing: where something follows from how many
+    were visited, or from which was the first, the two differ."""
+
+    def __init__(self, kept: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.kept = kept
+        self._found: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _NONZERO or (func in _WHERE and len(args) == 1 and not kwargs):
+            mask = args[0] if args else kwargs["input"]
+            if mask.ndim == 1:
+                self._found += result if isinstance(result, (tuple, list)) else (result,)
+        elif args and any(args[0] is indices for indices in self._found):
+            if func in _FLATTEN and result.ndim == 1:
+                self._found.append(result)
+            if func in _UNBIND and (args[1:] or (kwargs.get("dim", 0),)) == (0,):
+                return tuple(index for index in result if self.kept(int(index)))
+        return result
+
+
+def selecting(graph: fx.Graph) -> dict[fx.Node, int]:
+    """What selects positions in the bodies of loops over set indices, and for which index."""
+    marks = {node: (node.meta.get("custom") or {}).get(_INDEX) for node in graph.nodes if node.target in _SELECTORS}
+    return {node: index for node, index in marks.items() if index is not None}
 
 
 def prove(graph: fx.Graph) -> None:
@@ -226,7 +265,7 @@ class _Bodies:
         spans: dict[int, tuple[int, int]] = {}
         for at, node in enumerate(nodes):
             mark = (node.meta.get("custom") or {}).get(_MARK)
-            if mark is not None:
+            if mark is not None and node.op == "call_function":
                 spans[mark] = spans.get(mark, (at, at))[0], at
         if not spans:
             raise PlanError("a trace that does not say which operations belong to loops over set indices")

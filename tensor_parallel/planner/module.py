@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from torch.utils import _pytree as pytree
 
 from tensor_parallel.errors import InvalidInput
 from tensor_parallel.group import Group
+from tensor_parallel.planner import branches
 from tensor_parallel.planner.codegen import generate
 from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.plan import FREE, Plan
 from tensor_parallel.planner.program import Program
 
 _Slot = tuple[dict[str, Any], str]
-_AHEAD = 2  # branches whose every combination is planned when the model is loaded
 _REMEMBERED = 4096  # combinations of sizes whose check is remembered
 
 
@@ -192,17 +191,17 @@ class ShardedModule(nn.Module):
         return runner, leaves
 
     def plan_branches(self) -> int:
-        """Plan now what inputs that decide otherwise would need later, for at most :data:`_AHEAD` branches; how many
-        programs that made. Raises :class:`PlanError`."""
+        """Plan now what inputs that decide otherwise would need later, for at most
+        :data:`~tensor_parallel.planner.branches.AHEAD` branches; how many programs that made. Raises
+        :class:`PlanError`."""
         made = 0
         for runner in [runner for runners in self._runners.values() for runner in runners]:
             traced = runner.compiled.traced
-            if traced.branches is None or self._planner is None or len(traced.branches.decisions) > _AHEAD:
+            if traced.branches is None or self._planner is None or len(traced.branches.decisions) > branches.AHEAD:
                 continue
             known = {tuple(traced.branches.decisions)}
-            numbers = range(len(traced.branches.decisions))
             args, kwargs = pytree.tree_unflatten(traced.example, traced.in_spec)
-            for flipped in [set(some) for count in numbers for some in combinations(numbers, count + 1)]:
+            for flipped in branches.other_ways(len(traced.branches.decisions)):
                 plan, compiled = self._planner(args, kwargs, self.training, flipped)
                 assert compiled.traced.branches is not None
                 decisions = tuple(compiled.traced.branches.decisions)

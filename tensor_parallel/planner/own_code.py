@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tensor_parallel.planner import hits
 from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.reserve import skeleton, tracing_settings
 from tensor_parallel.planner.tensors import Tensors
@@ -21,6 +24,13 @@ from tensor_parallel.planner.tensors import Tensors
 log = logging.getLogger(__name__)
 
 Distance = Callable[[Any, Tensor], float]
+Visit = Callable[[int], bool]
+
+_PLAIN = (bool, int, float, str, type(None))
+_DROPOUTS = frozenset(
+    ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+)
+_DROPOUT_P = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}  # where its probability is given
 
 
 class NotComparable(Exception):
@@ -28,9 +38,15 @@ class NotComparable(Exception):
 
 
 def outputs(
-    twin: nn.Module, traced: Traced, tensors: Tensors, full: Mapping[str, Tensor], inputs: Sequence[Any]
+    twin: nn.Module,
+    traced: Traced,
+    tensors: Tensors,
+    full: Mapping[str, Tensor],
+    inputs: Sequence[Any],
+    visited: Visit | None = None,
 ) -> list[Any]:
-    """The flat outputs of the model itself, with weights ``full``, on ``inputs``. Raises :class:`NotComparable`.
+    """The flat outputs of the model itself, with weights ``full``, on ``inputs``; nothing is dropped by dropout, and
+    loops over set indices visit what ``visited`` says. Raises :class:`NotComparable`.
 
     A copy runs, and its buffers are copies: whatever the model keeps between calls is not kept.
     """
@@ -42,7 +58,7 @@ def outputs(
         held[name] = full[tensors.canonical(name)].clone()
     args, kwargs = pytree.tree_unflatten(list(inputs), traced.in_spec)
     try:
-        with tracing_settings():
+        with tracing_settings(), hits.Visited(visited) if visited else nullcontext(), NothingDropped():
             result = torch.func.functional_call(copy, held, args, kwargs, tie_weights=False)
     except Exception as error:  # the model's own code raises anything
         raise NotComparable(f"it raised {type(error).__name__}: {error}") from error
@@ -55,8 +71,29 @@ def outputs(
 def differs(traced: Traced, own: Sequence[Any], trace: Mapping[fx.Node, Any], distance: Distance, limit: Any) -> str:
     """The first output that the trace computes otherwise; empty when there is none. ``limit(dtype)``: the tolerance."""
     for index, (node, value) in enumerate(zip(traced.outputs, own, strict=True)):
-        if isinstance(node, fx.Node) and isinstance(value, Tensor):
-            error = distance(trace[node], value)
+        got = trace[node] if isinstance(node, fx.Node) else node
+        if isinstance(value, Tensor):
+            error = distance(got, value)
             if not error <= limit(value.dtype):
                 return f"output {index} with a relative error of {error:.1e}"
+        elif isinstance(value, _PLAIN) and got != value and not (got != got and value != value):
+            return f"output {index} as {got}, not {value}"
     return ""
+
+
+class NothingDropped(TorchFunctionMode):
+    """Dropout returns its input."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name.rstrip("_") in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        at = _DROPOUT_P.get(name)
+        if at is not None and len(args) > at:
+            args = (*args[:at], 0.0, *args[at + 1 :])
+        elif at is not None and "dropout_p" in kwargs:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from tensor_parallel.errors import PlanError
-from tensor_parallel.planner import own_code, simulate
+from tensor_parallel.planner import hits, own_code, simulate
 from tensor_parallel.planner.chance import certain, without_dropout
 from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import Partial, Replicated, Sharded, counts, positions
@@ -68,17 +69,26 @@ def verify(
     elif problem is not None:
         raise Mismatch(f"the plan computes {problem}; first difference: {where()}")
     found = "whole model, layers alike" if alike else "whole model"
-    if twin is None or twin.training:  # in training the model's own code drops out
+    loops = bool(hits.selecting(traced.graph))
+    if twin is None or (twin.training and not loops):  # in training the model's own code drops out
         return found
     try:
         _check_trace(twin, traced, tensors, full)
+        if loops:
+            _check_loops(twin, traced, tensors, full)
     except own_code.NotComparable as reason:
         log.info("the trace is not compared with the model's own code: %s", reason)
         return f"{found}, as traced"
     return found
 
 
-def _check_trace(twin: nn.Module, traced: Traced, tensors: Tensors, full: Mapping[str, Tensor]) -> None:
+def _check_trace(
+    twin: nn.Module,
+    traced: Traced,
+    tensors: Tensors,
+    full: Mapping[str, Tensor],
+    visited: Callable[[int], bool] | None = None,
+) -> None:
     """Raises :class:`Mismatch` or :class:`~tensor_parallel.planner.own_code.NotComparable`."""
 
     def problem(weights: Mapping[str, Tensor], wide: bool) -> str:
@@ -87,8 +97,8 @@ def _check_trace(twin: nn.Module, traced: Traced, tensors: Tensors, full: Mappin
         inputs = [widened(leaf) for leaf in traced.example]
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            own = own_code.outputs(twin, traced, tensors, weights, _clones(inputs))
-            trace = _reference(traced, tensors, weights, constants, inputs)
+            own = own_code.outputs(twin, traced, tensors, weights, _clones(inputs), visited)
+            trace = _reference(traced, tensors, weights, constants, inputs, visited)
         return own_code.differs(traced, own, trace, distance, (lambda _: WIDE_TOLERANCE) if wide else tolerance)
 
     found = problem(full, False)
@@ -100,6 +110,18 @@ def _check_trace(twin: nn.Module, traced: Traced, tensors: Tensors, full: Mappin
         agree = False
     if not agree:
         raise Mismatch(f"the trace computes {found}, compared with the model's own code")
+
+
+def _check_loops(twin: nn.Module, traced: Traced, tensors: Tensors, full: Mapping[str, Tensor]) -> None:
+    """The same as if other indices were set than the example sets: none, and only odd ones. What follows from how many
+    were visited before is else only found where the example does not set all. Raises :class:`Mismatch`."""
+    for visited in (lambda _: False, lambda index: index % 2 == 1):
+        try:
+            _check_trace(twin, traced, tensors, full, visited)
+        except own_code.NotComparable as reason:
+            log.info("not compared with the model's own code where fewer indices are set: %s", reason)
+        except (RuntimeError, IndexError) as error:
+            raise Mismatch(f"the trace raises, where fewer indices are set than the example sets: {error}") from error
 
 
 def _wide(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -232,12 +254,15 @@ class _Recorder(fx.Interpreter):
         super().__init__(module, garbage_collect_values=True)
         self.values, self.keep = values, keep
         self.kept: dict[fx.Node, Any] = {}
+        self.empty: set[fx.Node] = set()  # what is to select nothing
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(*without_dropout(target, args, kwargs))
 
     def run_node(self, n: fx.Node) -> Any:
         result = self.values.get(n.name) if n.op == "placeholder" else super().run_node(n)
+        if n in self.empty:
+            result = pytree.tree_map(lambda positions: positions[:0], result)
         if self.keep(n):
             self.kept[n] = result
         return result
@@ -249,10 +274,13 @@ def _reference(
     full: Mapping[str, Tensor],
     constants: Mapping[str, Tensor],
     inputs: Sequence[Any],
+    visited: Callable[[int], bool] | None = None,
 ) -> dict[fx.Node, Any]:
     torch.manual_seed(0)
     outputs = {node for node in traced.outputs if isinstance(node, fx.Node)}
     recorder = _Recorder(traced.module, _placeholders(traced, tensors, full, constants, inputs), outputs.__contains__)
+    if visited is not None:
+        recorder.empty = {node for node, index in hits.selecting(traced.graph).items() if not visited(index)}
     recorder.run(*[None] * len(list(traced.graph.find_nodes(op="placeholder"))))
     return recorder.kept
 

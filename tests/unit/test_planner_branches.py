@@ -142,6 +142,36 @@ def test_other_decisions_are_left_to_the_models_own_code(build: Any) -> None:
     assert make_plan(build(), {"ids": PLAIN}, 2).mode == "modules"
 
 
+def test_a_combination_that_cannot_be_traced_keeps_the_models_own_code() -> None:
+    class Two(Masked):
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden, ways = self.embed(ids), 0
+            for condition in (ids.eq(1).any(), ids.gt(8).any()):
+                ways += bool(condition)
+            if ways == 2 and float(hidden.sum()) > 0:
+                hidden = hidden * 2
+            return self.down(torch.relu(self.up(hidden)))
+
+    assert make_plan(Two(), {"ids": PLAIN.clamp_max(8)}, 2).mode == "modules"
+
+
+def test_conditions_after_one_that_does_not_hold_are_not_computed() -> None:
+    """They may be impossible for such inputs."""
+
+    class Looking(Masked):
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.embed(ids)
+            if ids.lt(4).all() and torch.where(ids < 4, ids, ids).gather(1, ids).eq(1).any():
+                hidden = hidden * 2
+            return self.down(torch.relu(self.up(hidden)))
+
+    model = Looking()
+    plan = make_plan(model, {"ids": torch.tensor([[3, 1, 2, 3], [3, 2, 2, 3]])}, 2)
+    assert plan.mode == "graph", plan.notes
+    assert len(plan.artifact.traced.branches.decisions) == 2
+    assert not plan.artifact.traced.branches.hold([PLAIN])
+
+
 def test_whole_quotients_of_sizes_are_sizes() -> None:
     class Chunked(Masked):
         def forward(self, ids: Tensor) -> Tensor:

@@ -64,6 +64,26 @@ class Overwriting(Mixture):
         final[token] += states
 
 
+class Skipping(Mixture):
+    """A column more than experts, which is skipped, as published models have it; a mask written to meanwhile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        weight, chosen = self.route(flat).softmax(-1).topk(2, -1)
+        final = torch.zeros_like(flat)
+        mask = functional.one_hot(chosen, EXPERTS + 1).permute(2, 1, 0)
+        found = torch.greater(mask.sum((-1, -2)), 0)
+        hit = found.nonzero()
+        found.logical_not_()
+        for expert in hit:
+            expert = expert[0]
+            if expert == EXPERTS:
+                continue
+            slot, token = torch.where(mask[expert])
+            final.index_add_(0, token, self.expert(flat[token], expert) * weight[token, slot, None])
+        return final.reshape(x.shape)
+
+
 class Modular(Mixture):
     """Experts as modules, found by an index tensor."""
 
@@ -98,8 +118,8 @@ def constants(plan: Plan) -> dict[str, Tensor]:
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(
     "build",
-    [Mixture, lambda: Mixture("tuple"), lambda: Mixture("flat"), Modular, Overwriting],
-    ids=["tensor", "tuple", "flat", "modules", "overwriting"],
+    [Mixture, lambda: Mixture("tuple"), lambda: Mixture("flat"), Modular, Overwriting, Skipping],
+    ids=["tensor", "tuple", "flat", "modules", "overwriting", "skipping"],
 )
 def test_it_is_a_graph_and_right_whoever_is_hit(build: Any, ranks: int) -> None:
     model = build()
@@ -182,6 +202,46 @@ class Listed(Mixture):
 def test_loops_that_do_something_for_every_hit_are_not_unrolled(build: Any) -> None:
     plan = make_plan(build(), {"x": inputs()[0]}, 2)
     assert plan.mode == "modules"
+
+
+@pytest.mark.parametrize("sizes", [(1,), (0, 1)])
+def test_what_one_position_alone_decides_is_not_traced_as_for_many(sizes: tuple[int, ...]) -> None:
+    class Alone(Mixture):
+        def expert(self, tokens: Tensor, expert: Any) -> Tensor:
+            states = super().expert(tokens, expert)
+            return 2 * states if tokens.shape[0] in sizes else states
+
+    assert make_plan(Alone(), {"x": inputs()[0]}, 2).mode == "modules"
+
+
+def test_an_index_that_cannot_be_is_not_an_empty_selection() -> None:
+    """Weights selected by an index of one dimension."""
+
+    class Wide(Mixture):
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            final = torch.zeros_like(x)
+            mask = functional.one_hot(self.route(x).argmax(-1) + shift, EXPERTS + 1).t()
+            for expert in (mask.sum(-1) > 0).nonzero():
+                (token,) = torch.where(mask[expert].squeeze(0))
+                final.index_add_(0, token, torch.einsum("td,eod->to", x[token], self.up[expert])[:, :WIDTH])
+            return final
+
+    model, x, (right, wrong) = Wide(), torch.randn(50, WIDTH), torch.tensor([0, 1])
+    plan = make_plan(model, {"x": x, "shift": right}, 2)
+    assert plan.mode == "graph", plan.notes
+    parts = dict(model.named_parameters())
+
+    def run(shift: Tensor) -> list[list[Any]]:
+        def part(name: str, rank: int) -> Tensor:
+            return plan.shards[name].take(parts[name].detach(), rank)
+
+        return simulate.run(plan.artifact.program, [shift, x], part, constants(plan))
+
+    for (got,) in run(right):
+        assert_close(got, model(x, right).detach(), rtol=1e-4, atol=1e-5)
+    for raises in (lambda: model(x, wrong), lambda: run(wrong)):
+        with pytest.raises(IndexError):
+            raises()
 
 
 def test_an_index_that_cannot_be_is_an_index_error_as_unsharded() -> None:

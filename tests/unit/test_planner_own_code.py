@@ -45,6 +45,29 @@ class Counting(Mixture):
         return final / seen
 
 
+class Numbering(Mixture):
+    """Which expert comes first, none at all, how many came: with an example that hits all, as if all always were."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Any:
+        mask = functional.one_hot(self.route(x).argmax(-1), EXPERTS).T * (x.abs().sum(-1) > 0).long()
+        final, seen, last = torch.zeros_like(x), 0, 0
+        for number, expert in enumerate(mask.sum(-1).nonzero()):
+            token = mask[expert].squeeze(0).nonzero().flatten()
+            states = functional.linear(x[token], self.experts[int(expert)])
+            if self.what == "reshaped":
+                states = states.view(states.shape[0], 4, -1).relu().view(states.shape[0], WIDTH)
+            factor = {"number": number, "last": last}.get(self.what, 0) + 1
+            final.index_add_(0, token, states * factor)
+            seen, last = seen + 1, int(expert)
+        if self.what == "any" and seen:
+            final = final + 1
+        return (final, seen) if self.what == "count" else final
+
+
 class Suspicious(nn.Module):
     """Runs while it is traced, and otherwise does ``otherwise``."""
 
@@ -73,6 +96,25 @@ def test_a_number_that_no_trace_sees_is_found_out() -> None:
     assert wrong.mode == "modules"
     assert "compared with the model's own code" in wrong.notes[0]
     assert plan(Counting(), verify=False).mode == "graph"  # nothing else would have found it
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("what", ["nothing", "number", "last", "any", "count", "reshaped"])
+def test_what_depends_on_the_experts_visited_is_found_by_an_example_that_hits_all(what: str, training: bool) -> None:
+    model, x = Numbering(what).train(training), torch.randn(200, WIDTH)
+    assert len(model.route(x).argmax(-1).unique()) == EXPERTS
+    found = make_plan(model, (x,), 2, training=training)
+    assert found.mode == ("graph" if what == "nothing" else "modules"), found.notes
+
+
+def test_a_loop_is_compared_in_training_with_nothing_dropped() -> None:
+    class Dropping(Mixture):
+        def end(self, final: Tensor, seen: int) -> Tensor:
+            q = functional.dropout(final, 0.5, self.training)[None, None]
+            return functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5 * self.training)[0, 0]
+
+    found = make_plan(Dropping().train(), (torch.randn(2, WIDTH),), 2, training=True)
+    assert (found.mode, found.verified) == ("graph", "whole model"), found.notes
 
 
 def test_a_model_that_does_otherwise_than_its_trace_keeps_its_own_code() -> None:
