@@ -153,6 +153,7 @@ class Engine:
             self._log.info("activate", model=request.activate.name, version=request.activate.version)
         elif kind == "unload":
             self._models.unload(request.unload.name, request.unload.version)
+            _give_back_freed()
             self._log.info("unload", model=request.unload.name, version=request.unload.version)
         elif kind == "probe":
             self._probe()
@@ -247,7 +248,14 @@ class Engine:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what a failed or unloaded model held."""
+    """Give back what a failed forward held."""
     gc.collect()
+    _give_back_freed()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _give_back_freed() -> None:
+    from tensor_parallel.checkpoint.memory import give_back_freed  # with much that only a load needs
+
+    give_back_freed()

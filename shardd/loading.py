@@ -105,7 +105,7 @@ class Loader:
         for job in jobs:
             self._abandon(job)
         if self._models.discard(name, version):
-            gc.collect()
+            give_back()
             self._log.info("load_discarded", model=name, version=version)
 
     def cancel_all(self) -> None:
@@ -147,7 +147,7 @@ class Loader:
             job.succeed(model.describe())
         if failure is not None or not kept:
             model = None
-            gc.collect()  # tracebacks and half-read weights
+            give_back()  # tracebacks and half-read weights
 
     def _finish(self, job: _Job, model: Model | None) -> bool:
         """The job is over, with ``model`` or without; whether it was not over before."""
@@ -176,26 +176,27 @@ class Loader:
     def _load(self, job: _Job) -> Model:
         request = job.request
         self._log.info("load_started", model=request.name, version=request.version, path=request.path)
-        start = reading = time.perf_counter()
+        start = time.perf_counter()
+        reading: list[float] = []
 
         def report(stage: str, done: int, total: int) -> None:
-            nonlocal reading
-            if stage == "reading" and reading == start:
-                reading = time.perf_counter()
+            if stage == "reading":  # the last time: what follows, such as planning for branches, is not reading
+                reading.append(time.perf_counter())
             job.report(stage, done, total)
 
         weights = self._read(request, report, job.cancelled)
         served = weights.served
         end = time.perf_counter()
+        took = reading[-1] - reading[0] if reading else 0.0
         self._log.info(
             "load_finished",
             model=request.name,
             version=request.version,
             seconds=round(end - start, 3),
-            reading_seconds=round(end - reading, 3),
+            reading_seconds=round(took, 3),
             bytes_held=served.bytes_held,
             bytes_read=weights.bytes_read,
-            bytes_per_second=int(served.bytes_held / max(end - reading, 1e-9)),
+            bytes_per_second=int(served.bytes_held / took) if took else 0,
             warnings=weights.warnings,
         )
         self._metrics.loaded(served.bytes_held)
@@ -280,6 +281,14 @@ class _Job:
 
     def _news(self) -> bool:
         return self.finished.is_set() or self._progress is not self._told
+
+
+def give_back() -> None:
+    """Collect what is in cycles, and return what is free to the system."""
+    from tensor_parallel.checkpoint.memory import give_back_freed  # with torch, which a load has imported by now
+
+    gc.collect()
+    give_back_freed()
 
 
 def fingerprint(request: shard_pb2.ShardLoadRequest) -> bytes:

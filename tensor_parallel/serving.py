@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.checkpoint.load import Progress, load_shards
-from tensor_parallel.checkpoint.memory import available_bytes, peak_bytes
+from tensor_parallel.checkpoint.memory import available_bytes, give_back_freed, peak_bytes
 from tensor_parallel.checkpoint.prepared import PreparedMemory
 from tensor_parallel.checkpoint.source import Source
 from tensor_parallel.errors import (
@@ -172,14 +172,19 @@ def load_model(
     :class:`LoadCancelled`; what was loaded is then freed.
     """
     from tensor_parallel.planner import instantiate, make_plan
+    from tensor_parallel.planner.verify import memory_needed
 
     parsed = options if isinstance(options, ServingOptions) else ServingOptions.parse(options or {})
     stop = cancelled or (lambda: False)
     model = source.build_meta()
     _stop_if(stop)
-    with PreparedMemory.for_weights(source.total_bytes, world_size, device) as memory:
+    total = source.total_bytes
+    besides = memory_needed(total) if parsed.verify and not parsed.known_plan else 0
+    with PreparedMemory.for_weights(total, world_size, device, besides=besides) as memory:
         plan = _planned(make_plan, model, source, world_size, parsed)
         _stop_if(stop)
+        memory.stop()  # what is prepared meanwhile would count as neither
+        give_back_freed()
         _refuse_if_too_large(plan, rank, device, memory.present)
         loaded = load_shards(
             source,
@@ -198,11 +203,11 @@ def load_model(
 
     module = instantiate(plan, model, rank=rank, group=group, read=read, device=device)
     if isinstance(module, ShardedModule):
-        _stop_if(stop)
-        module.plan_branches()  # a request would wait for it, and all behind it
+        module.plan_branches(lambda: _stop_if(stop))  # a request would wait for it, and all behind it
     if parsed.verify and plan.mode == "modules" and plan.digest() != parsed.known_plan:
         _stop_if(stop)
         _rehearse(module, source, device)
+    give_back_freed()
     checker = RequestChecker(plan.inputs, source.constraints(), source.default_inputs())
     return ServedModel(
         plan, source.digest(), loaded.digest, loaded.nbytes, source.unused, checker, device, module.eval()

@@ -34,6 +34,13 @@ def advise_huge(address: int, nbytes: int) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(_MADV_HUGEPAGE))
 
 
+def give_back_freed() -> None:
+    """Return to the system what this process has freed. C libraries keep it for themselves, the GNU one for good where
+    something small lies behind it: hundreds of MB after a plan was verified or a model unloaded. Takes 0.07 s a GB."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Memory that can be allocated on ``device`` now, or ``None`` where that is not known.
 

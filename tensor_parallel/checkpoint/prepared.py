@@ -55,11 +55,16 @@ class PreparedMemory:
         advise_huge(self.address, size)
 
     @classmethod
-    def for_weights(cls, total_bytes: int, world_size: int, device: torch.device) -> PreparedMemory:
-        """One rank's share of a model of ``total_bytes``; none on a GPU, nor where this host, which may be that of all
+    def for_weights(
+        cls, total_bytes: int, world_size: int, device: torch.device, *, besides: int = 0
+    ) -> PreparedMemory:
+        """One rank's share of a model of ``total_bytes``, less the ``besides`` that planning takes and gives back: both
+        together then need no more than the weights will. None on a GPU, nor where this host, which may be that of all
         ranks, has no room for the whole model: whether it fits is for the plan to say."""
         available = available_bytes(device) if device.type == "cpu" else None
-        return cls(0 if available is None or total_bytes > available else total_bytes // world_size)
+        if available is None or total_bytes > available:
+            return cls(0)
+        return cls(max(0, total_bytes // world_size - besides))
 
     def __enter__(self) -> PreparedMemory:
         if self._memory is not None:

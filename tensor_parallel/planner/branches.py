@@ -1,16 +1,16 @@
 """Branches on values of the inputs alone, such as "is anything masked": traced as the example decides them.
 
 A trace made so holds for inputs that decide alike, which is seen from the inputs before it runs; for others the model
-is traced again, which must be possible: every branch is tried the other way first. Branches on what weights computed
-stay untraceable.
+is traced again, which must be possible: every branch is tried the other way first, alone and then with others. Branches
+on what weights computed stay untraceable.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -24,15 +24,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tensor_parallel.errors import PlanError
 
 MOST = 4  # branches of one trace: each is traced the other way too
+Way = tuple[int, ...]  # through a model: which of its branches, by number, go otherwise than the example decides
 AHEAD = 2  # branches of which every combination is traced, and planned when the model is loaded
 _DECISIONS = (Tensor.__bool__, Tensor.item)
 
 
-def other_ways(decisions: int) -> list[set[int]]:
-    """The branches to flip, of these many: every combination of a few, each alone of many."""
-    numbers = range(decisions)
-    counts = numbers if decisions <= AHEAD else range(min(1, decisions))
-    return [set(some) for count in counts for some in combinations(numbers, count + 1)]
+def try_ways(branches_on: Callable[[Way], int], most: int) -> None:
+    """Call ``branches_on(way)``, which says how many branches a way meets, for that of the example and at most ``most``
+    others: those that leave it at one branch first, and what is met only on them later. None is tried twice."""
+    waiting: deque[Way] = deque([()])
+    for _ in range(1 + most):
+        if not waiting:
+            return
+        way = waiting.popleft()
+        waiting.extend((*way, branch) for branch in range(way[-1] + 1 if way else 0, branches_on(way)))
 
 
 class Decided(TorchFunctionMode):

@@ -141,9 +141,14 @@ def _with_branches(
             taken = _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), ())
             if len(taken[1].decisions) > branches.MOST:
                 raise PlanError(f"more than {branches.MOST} branches on values")
-            for others in branches.other_ways(len(taken[1].decisions)):
-                if others != {0}:
-                    _resolve(model, args, kwargs, free, hits.Unrolled(loops.refused), others)
+            known: dict[branches.Way, _Resolved] = {(): taken, (0,): first}
+            refused = loops.refused
+
+            def branches_on(way: branches.Way, known: Any = known, refused: Any = refused) -> int:
+                found = known.get(way) or _resolve(model, args, kwargs, free, hits.Unrolled(refused), way)
+                return len(found[1].decisions)
+
+            branches.try_ways(branches_on, max(2**branches.AHEAD - 1, len(taken[1].decisions)))
             return taken
         except Exception as error:
             log.debug("tracing with control flow resolved failed: %s: %s", type(error).__name__, error)

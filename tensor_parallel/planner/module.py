@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from tensor_parallel.errors import InvalidInput
 from tensor_parallel.group import Group
-from tensor_parallel.planner import branches
+from tensor_parallel.planner.branches import AHEAD, Way, try_ways
 from tensor_parallel.planner.codegen import generate
 from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.plan import FREE, Plan
@@ -190,23 +191,25 @@ class ShardedModule(nn.Module):
         self._runners.setdefault(key, []).append(runner)
         return runner, leaves
 
-    def plan_branches(self) -> int:
-        """Plan now what inputs that decide otherwise would need later, for at most
-        :data:`~tensor_parallel.planner.branches.AHEAD` branches; how many programs that made. Raises
-        :class:`PlanError`."""
-        made = 0
-        for runner in [runner for runners in self._runners.values() for runner in runners]:
-            traced = runner.compiled.traced
-            if traced.branches is None or self._planner is None or len(traced.branches.decisions) > branches.AHEAD:
-                continue
-            known = {tuple(traced.branches.decisions)}
+    def plan_branches(self, between: Callable[[], None] = lambda: None) -> int:
+        """Plan now what inputs that decide otherwise would need later, where there are few ways; how many programs that
+        made. ``between`` is called before each, and may raise. Raises :class:`PlanError`."""
+        before = [runner for runners in self._runners.values() for runner in runners]
+        for runner in before:
+            branches = runner.compiled.traced.branches
+            if branches is not None and self._planner is not None and len(branches.decisions) <= AHEAD:
+                try_ways(partial(self._plan_way, runner, between), 2**AHEAD - 1)
+        return sum(len(runners) for runners in self._runners.values()) - len(before)
+
+    def _plan_way(self, runner: Runner, between: Callable[[], None], way: Way) -> int:
+        """Plan one way through the model of ``runner``, whose own is planned; how many branches there are on it."""
+        traced = runner.compiled.traced
+        if way:
+            between()
+            assert self._planner is not None
             args, kwargs = pytree.tree_unflatten(traced.example, traced.in_spec)
-            for flipped in branches.other_ways(len(traced.branches.decisions)):
-                plan, compiled = self._planner(args, kwargs, self.training, flipped)
-                assert compiled.traced.branches is not None
-                decisions = tuple(compiled.traced.branches.decisions)
-                if decisions not in known:
-                    known.add(decisions)
-                    self.add_program(plan, compiled)
-                    made += 1
-        return made
+            plan, compiled = self._planner(args, kwargs, self.training, way)
+            self.add_program(plan, compiled)
+            traced = compiled.traced
+        assert traced.branches is not None
+        return len(traced.branches.decisions)

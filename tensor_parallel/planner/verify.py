@@ -137,6 +137,11 @@ def _same(value: Any) -> Any:
     return value
 
 
+def memory_needed(total_bytes: int) -> int:
+    """Bytes that verifying a model of ``total_bytes`` takes at most: its values, and the ranks' parts of them."""
+    return 2 * min(total_bytes, ALIKE_LIMIT * torch.float32.itemsize)
+
+
 def _affordable(tensors: Tensors) -> bool:
     counts = {name: math.prod(stored.shape) for name, stored in tensors.stored.items()}
     distinct = {_role(name, tensors): count for name, count in counts.items()}
@@ -380,4 +385,4 @@ def _first_difference(
     return "none of the operations compared"
 
 
-__all__ = ["LIMIT", "Mismatch", "distance", "map_refs", "verify"]
+__all__ = ["LIMIT", "Mismatch", "distance", "map_refs", "memory_needed", "verify"]

@@ -282,8 +282,31 @@ def test_memory_is_prepared_only_where_there_is_room() -> None:
     assert PreparedMemory.for_weights(1 << 60, 1 << 10, CPU).size == 0
     assert PreparedMemory.for_weights(32 << 20, 2, torch.device("meta")).size == 0
     assert PreparedMemory.for_weights(32 << 20, 2, CPU).size in (0, 16 << 20)
+    assert PreparedMemory.for_weights(32 << 20, 2, CPU, besides=10 << 20).size in (0, 6 << 20)
+    assert PreparedMemory.for_weights(32 << 20, 2, CPU, besides=1 << 30).size == 0
     with PreparedMemory(0) as memory:
         assert memory.take([4], torch.float32) is None
+
+
+GIVEN_BACK = """
+import torch
+from tensor_parallel.checkpoint.memory import give_back_freed
+
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+tensors = [torch.ones(16_000) for _ in range(2000)]
+tensors = tensors[-1:]
+give_back_freed()
+print(resident() - before)
+"""
+
+
+def test_what_was_freed_is_given_back_whatever_lies_behind_it() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", GIVEN_BACK], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 30e6  # of 128 MB
 
 
 def test_memory_is_known_here() -> None:

@@ -111,6 +111,46 @@ def test_all_ways_can_be_planned_ahead_and_give_outputs_alike() -> None:
             assert_close(got, model(ids).detach(), rtol=1e-4, atol=1e-5)
 
 
+class Within(Masked):
+    """A branch on one way of another only."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        if ids.eq(1).any():
+            hidden = hidden * 0.5
+            if ids.eq(1).all(1).any():
+                hidden = hidden + 1
+        return self.down(torch.relu(self.up(hidden)))
+
+
+def test_branches_met_only_on_another_way_are_planned_ahead_too() -> None:
+    model = Within()
+    plan = make_plan(model, {"ids": PLAIN}, 1)
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    module = instantiate(plan, model, rank=0, group=Group(0, 1), read=lambda name, shard: state[name]).eval()
+    asked: list[int] = []
+    assert module.plan_branches(lambda: asked.append(1)) == len(asked) == 2
+    module._planner = None
+    for ids in (PLAIN, PADDED, torch.ones(2, 3, dtype=torch.int64)):
+        assert_close(module(ids=ids).detach(), model(ids).detach(), rtol=1e-4, atol=1e-5)
+
+
+class Clash(Masked):
+    """Each way can be gone, but not both."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        padded, long = ids.eq(1).any(), ids.gt(30).any()
+        hidden = self.embed(ids)
+        found = 0
+        if padded:
+            hidden, found = hidden * 0.5, found + 1
+        if long:
+            hidden, found = hidden + 1, found + 1
+        if found == 2:
+            raise ValueError("one or the other")
+        return self.down(torch.relu(self.up(hidden)))
+
+
 class Untraceable(Masked):
     """One way is fine, the other is not."""
 
@@ -137,7 +177,7 @@ class Random(Masked):
         return hidden * 2 if torch.rand_like(ids.float()).gt(0.5).any() else hidden
 
 
-@pytest.mark.parametrize("build", [Untraceable, Computed, Random])
+@pytest.mark.parametrize("build", [Untraceable, Computed, Random, Clash])
 def test_other_decisions_are_left_to_the_models_own_code(build: Any) -> None:
     assert make_plan(build(), {"ids": PLAIN}, 2).mode == "modules"
 
