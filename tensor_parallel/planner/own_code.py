@@ -52,12 +52,12 @@ def outputs(
     """
     if traced.branches is not None and not traced.branches.hold(inputs):
         raise NotComparable("the example takes other branches")
-    copy = skeleton(twin)
-    held = {name: full[tensors.canonical(name)] for name, _ in copy.named_parameters(remove_duplicate=False)}
-    for name, _ in copy.named_buffers(remove_duplicate=False):
-        held[name] = full[tensors.canonical(name)].clone()
     args, kwargs = pytree.tree_unflatten(list(inputs), traced.in_spec)
     try:
+        copy = skeleton(twin)
+        held = {name: full[tensors.canonical(name)] for name, _ in copy.named_parameters(remove_duplicate=False)}
+        for name, _ in copy.named_buffers(remove_duplicate=False):
+            held[name] = full[tensors.canonical(name)].clone()
         with tracing_settings(), hits.Visited(visited) if visited else nullcontext(), NothingDropped():
             result = torch.func.functional_call(copy, held, args, kwargs, tie_weights=False)
     except Exception as error:  # the model's own code raises anything

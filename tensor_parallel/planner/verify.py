@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of the largest element, in float32; lower precision is given its own rounding
 WIDE_TOLERANCE = 1e-6  # in float64, where sums taken in another order cannot explain more
+HUGE = 1e4  # no sum over random weights; what stands for "never" in masked scores
 LIMIT = 24_000_000  # stored elements up to which every tensor has values of its own
 ALIKE_LIMIT = 50_000_000  # elements up to which tensors of one role in different layers share theirs
 TOTAL_LIMIT = 1_500_000_000  # stored elements up to which a forward is affordable
@@ -312,7 +313,10 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def distance(got: Any, want: Tensor) -> float:
-    """Largest difference relative to the largest element; infinite when shapes or non-finite entries differ."""
+    """Largest difference relative to the largest element; infinite when shapes or non-finite entries differ.
+
+    Huge elements that are equal, as masks write them, say nothing of how large the others are.
+    """
     if not isinstance(got, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
         return math.inf
     if want.numel() == 0:
@@ -323,9 +327,10 @@ def distance(got: Any, want: Tensor) -> float:
     finite = torch.isfinite(b)
     if not bool((torch.isfinite(a) == finite).all()):
         return math.inf
-    if not bool(finite.any()):
+    said = finite & ~((b.abs() >= HUGE) & (a == b))
+    if not bool(said.any()):
         return 0.0
-    a, b = a[finite], b[finite]
+    a, b = a[said], b[said]
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
 
 

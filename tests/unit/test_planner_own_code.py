@@ -129,6 +129,18 @@ def test_what_cannot_be_compared_is_said(otherwise: str) -> None:
     assert float(model.calls) == 0  # a copy ran
 
 
+def test_masked_scores_do_not_hide_a_difference() -> None:
+    class Masking(Mixture):
+        def end(self, final: Tensor, seen: int) -> Tensor:
+            final = final if torch.compiler.is_compiling() else 2 * final
+            return torch.cat([final, torch.full_like(final, torch.finfo(final.dtype).min)], -1)
+
+    assert plan(Masking()).mode == "modules"
+    want = torch.tensor([1.0, -1e9, 3.0])
+    assert verify.distance(want + torch.tensor([0.0, 0.0, 0.3]), want) == pytest.approx(0.1)
+    assert verify.distance(torch.tensor([1.0, -2e9, 3.0]), want) == pytest.approx(1.0)
+
+
 def test_rounding_that_a_model_amplifies_is_not_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trace that is right in float64 is right."""
 
