@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import runtime
-from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import (
     ALL,
     PARTIAL,
@@ -33,6 +32,7 @@ from tensor_parallel.planner.placement import (
     is_mixed,
 )
 from tensor_parallel.planner.program import PerRank, Ref
+from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Call, Sym, Value, map_values
 
 aten = torch.ops.aten

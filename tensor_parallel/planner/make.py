@@ -20,7 +20,7 @@ from tensor_parallel.group import Group
 from tensor_parallel.planner import search as searching
 from tensor_parallel.planner import specs, verify
 from tensor_parallel.planner.cost import Network
-from tensor_parallel.planner.export import Traced, trace
+from tensor_parallel.planner.export import trace
 from tensor_parallel.planner.module import Compiled, ShardedModule
 from tensor_parallel.planner.placement import ALL, positions
 from tensor_parallel.planner.plan import Collective, Plan, Reason
@@ -30,6 +30,7 @@ from tensor_parallel.planner.reserve import reserved, skeleton
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.traced import Traced
 
 if TYPE_CHECKING:
     from tensor_parallel.planner.fallback import ModulesModel

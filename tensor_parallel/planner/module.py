@@ -22,9 +22,9 @@ from tensor_parallel.errors import InvalidInput
 from tensor_parallel.group import Group
 from tensor_parallel.planner.branches import AHEAD, Way, try_ways
 from tensor_parallel.planner.codegen import generate
-from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.plan import FREE, Plan
 from tensor_parallel.planner.program import Program
+from tensor_parallel.planner.traced import Traced
 
 _Slot = tuple[dict[str, Any], str]
 _REMEMBERED = 4096  # combinations of sizes whose check is remembered

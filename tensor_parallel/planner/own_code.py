@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.planner import hits
-from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.reserve import skeleton, tracing_settings
 from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.traced import Traced
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ import torch
 from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import Engine, Gathered
-from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.merge import Payload, merge_all_reduces
 from tensor_parallel.planner.placement import (
     ALL,
@@ -36,6 +35,7 @@ from tensor_parallel.planner.rules import PARTIAL_RULES, RULES
 from tensor_parallel.planner.sequence import divide_along_sequence
 from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Call, Sym, Value, map_values
 
 OUTPUT = "output"

@@ -18,10 +18,10 @@ from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import cost
 from tensor_parallel.planner.atoms import TooFew
 from tensor_parallel.planner.cost import Network
-from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.prover import Communication, Prover
 from tensor_parallel.planner.solver import Division, Solver
 from tensor_parallel.planner.tensors import Tensors, role
+from tensor_parallel.planner.traced import Traced
 
 log = logging.getLogger(__name__)
 

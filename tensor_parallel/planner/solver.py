@@ -15,11 +15,11 @@ from torch import fx
 from tensor_parallel.partition import split_sizes
 from tensor_parallel.planner.atoms import Atoms, TooFew
 from tensor_parallel.planner.engine import Engine
-from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import ALL, PARTIAL, REPLICATED, Owners, Place, Sharded, Undecided, Unproven
 from tensor_parallel.planner.program import Ref
 from tensor_parallel.planner.rules import PARTIAL_RULES, RULES
 from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Value
 
 Division = tuple[int, tuple[int, ...]]

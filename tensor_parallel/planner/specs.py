@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import Sharded, positions
 from tensor_parallel.planner.plan import InputSpec, OutputSpec
 from tensor_parallel.planner.shard import Shard
+from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Value
 
 aten = torch.ops.aten

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from tensor_parallel.planner.export import Shapes
 from tensor_parallel.planner.placement import Owners, Place, Unproven
 from tensor_parallel.planner.program import Ref
+from tensor_parallel.planner.traced import Shapes
 
 
 @dataclass(eq=False)

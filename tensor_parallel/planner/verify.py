@@ -20,12 +20,12 @@ from torch.utils import _pytree as pytree
 from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import hits, own_code, simulate
 from tensor_parallel.planner.chance import certain, without_dropout
-from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import Partial, Replicated, Sharded, counts, positions
 from tensor_parallel.planner.program import Program, map_refs
 from tensor_parallel.planner.prover import Prover
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Value
 
 log = logging.getLogger(__name__)

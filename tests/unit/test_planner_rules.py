@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tensor_parallel.planner import export, simulate
-from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import Partial, Sharded
 from tensor_parallel.planner.program import PerRank
 from tensor_parallel.planner.prover import Prover
 from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.traced import Traced, collect
 
 TRIES = 8
 
@@ -135,9 +135,7 @@ def check(
     module = Function(fn, len(inputs))
     # The batch stays free where all operands share it; what is divided is a dimension of the model.
     batched = all(x.shape[0] == 3 for x in inputs) and 0 not in sharded.values()
-    traced = export._collect(
-        export._export(module, tuple(inputs), {}, "batch" if batched else "none"), tuple(inputs), {}
-    )
+    traced = collect(export._export(module, tuple(inputs), {}, "batch" if batched else "none"), tuple(inputs), {})
     rng = random.Random(seed)
     kept = 0
     for _ in range(TRIES):

@@ -10,11 +10,11 @@ from torch import Tensor, fx
 
 from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import Engine
-from tensor_parallel.planner.export import Traced
 from tensor_parallel.planner.placement import PARTIAL, Replicated, Sharded, Undecided, Unproven, positions
 from tensor_parallel.planner.program import PerRank
 from tensor_parallel.planner.rules.pieces import balanced
 from tensor_parallel.planner.rules.registry import rule
+from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Call, Value
 
 aten = torch.ops.aten

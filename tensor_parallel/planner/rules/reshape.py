@@ -11,10 +11,10 @@ import torch
 
 from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import Engine
-from tensor_parallel.planner.export import Shapes
 from tensor_parallel.planner.placement import Owners, Sharded, Undecided, Unproven, counts, pattern, positions
 from tensor_parallel.planner.program import PerRank
 from tensor_parallel.planner.rules.registry import rule
+from tensor_parallel.planner.traced import Shapes
 from tensor_parallel.planner.values import Call, Sym, Value
 
 aten = torch.ops.aten
