@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tensor_parallel.serving import ServedModel
 
 MAX_RANKS = 1024
+_IMPORTING = threading.Lock()
 
 
 class Reader:
@@ -49,6 +51,7 @@ class Reader:
 
     def read(self, request: shard_pb2.ShardLoadRequest, report: Report, cancelled: Callable[[], bool]) -> LoadedWeights:
         """Plan the model and read this rank's part. Raises what the library raises, and ``InvalidRequest``."""
+        import_library()
         from tensor_parallel.serving import load_model
 
         report("planning", 0, 0)
@@ -83,6 +86,7 @@ class Reader:
 
     def plan(self, request: coordinator_pb2.PlanRequest) -> coordinator_pb2.PlanResponse:
         """What sharding the model would cost, from its description alone."""
+        import_library()
         from tensor_parallel.planner import make_plan
 
         ranks = request.ranks or self._group.world_size
@@ -106,11 +110,21 @@ class Reader:
         )
 
 
+def import_library() -> None:
+    """Import what loads and plans need, one thread at a time.
+
+    Of two threads that import a package by different modules of it Python may give one a module that is not there yet,
+    rather than let both wait for each other.
+    """
+    with _IMPORTING:
+        from tensor_parallel import checkpoint, planner, serving  # noqa: F401
+
+
 @functools.cache
 def warm_up() -> None:
     """Import what the first load needs and trace something tiny, so that the first load need not wait for that. Once
     in a process, and in those forked from it."""
-    from tensor_parallel import checkpoint, serving  # noqa: F401
+    import_library()
     from tensor_parallel.planner import make_plan
 
     make_plan(torch.nn.Linear(4, 4), (torch.zeros(2, 4),), 2, verify=False)
