@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tensor_parallel.errors import PlanError
+from tensor_parallel.planner.reserve import replaced_forward
 
 MOST = 4  # branches of one trace: each is traced the other way too
 Way = tuple[int, ...]  # through a model: which of its branches, by number, go otherwise than the example decides
@@ -53,7 +54,7 @@ class Decided(TorchFunctionMode):
     @contextmanager
     def around(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
         """While ``model`` runs on stand-ins for ``args`` and ``kwargs``; its conditions are then further outputs."""
-        forward, own = model.forward, "forward" in vars(model)
+        forward = model.forward
 
         @wraps(forward)
         def decided(*stand_in_args: Any, **stand_in_kwargs: Any) -> Any:
@@ -70,15 +71,11 @@ class Decided(TorchFunctionMode):
                 result = forward(*stand_in_args, **stand_in_kwargs)
             return result, tuple(self.conditions)
 
-        model.forward = decided  # type: ignore[method-assign]
         try:
-            yield
+            with replaced_forward(model, decided):
+                yield
         finally:
             self._known.clear()
-            if own:
-                model.forward = forward  # type: ignore[method-assign]
-            else:
-                del model.forward
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.errors import PlanError
+from tensor_parallel.planner.reserve import replaced_forward
 
 _MARK = "loop body"
 _INDEX = "loop index"
@@ -66,22 +67,15 @@ class Unrolled(TorchFunctionMode):
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
         """While ``model`` runs, this is the first to see what it calls: before the modes of the tracer itself."""
-        forward, own = model.forward, "forward" in vars(model)
+        forward = model.forward
 
         @wraps(forward)
         def unrolled(*args: Any, **kwargs: Any) -> Any:
             with self:
                 return forward(*args, **kwargs)
 
-        model.forward = unrolled  # type: ignore[method-assign]
-        try:
-            with preserve_node_meta():
-                yield
-        finally:
-            if own:
-                model.forward = forward  # type: ignore[method-assign]
-            else:
-                del model.forward
+        with replaced_forward(model, unrolled), preserve_node_meta():
+            yield
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
