@@ -29,6 +29,10 @@ Response = shard_pb2.ChannelResponse
 class Channel(Protocol):
     """Commands in, answers out, in order."""
 
+    def wait(self, seconds: float) -> bool:
+        """Whether ``receive`` would return at once, perhaps after waiting for that for ``seconds``."""
+        ...
+
     def receive(self) -> Request | None:
         """The next command; None once the channel has been closed, by either side."""
         ...
@@ -104,6 +108,9 @@ class StreamChannel:
         while (response := self._answers.get()) is not None:
             yield response
 
+    def wait(self, seconds: float) -> bool:
+        return not self._commands.empty()
+
     def receive(self) -> Request | None:
         parts: defaultdict[str, list[bytes]] = defaultdict(list)
         position: defaultdict[str, int] = defaultdict(int)
@@ -137,13 +144,12 @@ class StreamChannel:
 
     def outputs(self, execute: shard_pb2.ExecuteModel, response: Response, values: Mapping[str, torch.Tensor]) -> None:
         for name, value in zip(values, tensors.to_host(list(values.values())), strict=True):
-            tensor = tensors.describe(name, value)
+            tensor = tensors.describe(response.execute.outputs, name, value)
             data = tensors.raw(value)
             if len(data) <= PART_BYTES:
                 tensor.data = bytes(data)
             else:
                 self._send_parts(response, name, data)
-            response.execute.outputs.append(tensor)
 
     def reply(self, response: Response) -> None:
         self._answers.put(response)
@@ -169,7 +175,5 @@ class StreamChannel:
 def whole(tensor: tensor_pb2.Tensor) -> torch.Tensor:
     """A tensor whose bytes came with it."""
     data = tensor.data
-    size = tensors.byte_size(tensor)
-    if len(data) != size:
-        raise InvalidRequest(f"input {tensor.name!r} needs {size} bytes, {len(data)} came")
+    tensors.check_size(tensor, data)
     return tensors.decode(tensor, data)

@@ -27,6 +27,7 @@ from shardd.logging import Logger
 from shardd.metrics import Metrics
 from shardd.models import Models
 from shardd.progress import Progress
+from shardd.reports import PATIENCE, Forwarded, Reports
 from shardd.session import Session
 from tensor_parallel.errors import PeerLost
 from tensor_parallel.group import Group
@@ -60,6 +61,7 @@ class Engine:
         self._progress = progress
         self._metrics = metrics
         self._log = log
+        self._reports = Reports(metrics, log)
         self._intact = intact
         self._inbox: SimpleQueue[tuple[Session, Channel] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
@@ -92,7 +94,7 @@ class Engine:
         expected = 0
         reason = "the generation ended"
         try:
-            while (request := channel.receive()) is not None and session.reason is None:
+            while (request := self._next(channel)) is not None and session.reason is None:
                 self._check_order(session, request, expected)
                 expected += 1
                 self._step(session, channel, request)
@@ -101,6 +103,7 @@ class Engine:
                 self._generations.orphaned(session)
         except GenerationOver as over:
             reason = str(over)
+        self._reports.write()
         wanted = session.reason is not None
         reason = session.reason or reason
         self._generations.broken(session, reason)
@@ -115,6 +118,12 @@ class Engine:
             self._log.info("generation_ended", generation=session.generation, reason=reason, executed=expected)
         else:
             self._log.warning("generation_broken", generation=session.generation, reason=reason, executed=expected)
+
+    def _next(self, channel: Channel) -> Request | None:
+        """What the channel brings next. While that is nothing there is time to tell of what was done."""
+        if self._reports.due or (self._reports.pending and not channel.wait(PATIENCE)):
+            self._reports.write()
+        return channel.receive()
 
     def _check_order(self, session: Session, request: Request, expected: int) -> None:
         if (request.generation, request.seq) != (session.generation, expected):
@@ -138,8 +147,8 @@ class Engine:
                 self._log.error("internal_error", generation=session.generation, command=kind, exc_info=True)
         finally:
             self._progress.finish(forward=kind == "execute")
-        self._metrics.command("ok" if verdict is None else verdict.code.name)
         if verdict is not None:
+            self._metrics.command(verdict.code.name)
             if count := self._group.stats.begun - begun:
                 verdict = replace(verdict, kind=f"{verdict.kind}@{count}")  # see Failure in shard.proto
             self._fail(session, channel, request, response, verdict)
@@ -161,6 +170,7 @@ class Engine:
             raise InvalidRequest(f"a command of kind {kind!r} cannot be executed")
         response.done.SetInParent()
         channel.reply(response)
+        self._metrics.command("ok")
 
     def _execute(self, channel: Channel, execute: shard_pb2.ExecuteModel, response: Response) -> None:
         model = self._models.active(execute.model, execute.version)
@@ -182,16 +192,19 @@ class Engine:
         result.collective_seconds = self._group.stats.seconds - before
         result.copy_seconds = (ready - start) + (time.perf_counter() - done)
         channel.reply(response)
-        self._metrics.forward(model.metrics, result)
-        self._log.info(
-            "forward",
-            generation=response.generation,
-            model=execute.model,
-            request_id=",".join(execute.request_ids),
-            seq=response.seq,
-            seconds=round(time.perf_counter() - start, 6),
-            forward_seconds=round(result.forward_seconds, 6),
-            collective_seconds=round(result.collective_seconds, 6),
+        self._reports.add(
+            Forwarded(
+                model.metrics,
+                response.generation,
+                response.seq,
+                execute.model,
+                ",".join(execute.request_ids),
+                time.time(),
+                time.perf_counter() - start,
+                result.forward_seconds,
+                result.collective_seconds,
+                result.copy_seconds,
+            )
         )
 
     def _forward(

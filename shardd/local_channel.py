@@ -37,6 +37,7 @@ import contextlib
 import hmac
 import os
 import secrets
+import select
 import socket
 import struct
 import threading
@@ -48,7 +49,7 @@ from google.protobuf.message import DecodeError
 from protos.tensor_parallel.v1 import shard_pb2
 from shardd import tensors
 from shardd.arena import Arena, copy_into, layout, new_segment
-from shardd.channel import Channel, Request, Response, whole
+from shardd.channel import Channel, Request, Response
 from shardd.errors import InvalidRequest, ShardError, judge
 from shardd.logging import Logger
 
@@ -69,6 +70,9 @@ class LocalChannel:
         self.generation = generation
         self._socket = connection
         self._arena = arena
+        self._kept = tensors.Kept()
+        self._readable = select.poll()
+        self._readable.register(connection, select.POLLIN)
         self._closing = threading.Lock()
         self._closed = False
         self._lost = False
@@ -77,6 +81,9 @@ class LocalChannel:
     @property
     def lost(self) -> bool:
         return self._lost
+
+    def wait(self, seconds: float) -> bool:
+        return bool(self._readable.poll(1e3 * seconds))
 
     def receive(self) -> Request | None:
         try:
@@ -99,24 +106,25 @@ class LocalChannel:
             raise InvalidRequest(f"{len(execute.inputs)} inputs came with {len(refs)} places in the arena")
         values: dict[str, torch.Tensor] = {}
         for index, tensor in enumerate(execute.inputs):
-            if tensor.name in values:
-                raise InvalidRequest(f"input {tensor.name!r} came twice")
+            name = tensor.name
+            if name in values:
+                raise InvalidRequest(f"input {name!r} came twice")
             if refs and refs[index].byte_size:
-                values[tensor.name] = self._arena.input(tensor, refs[index])
+                values[name] = self._arena.input(tensor, refs[index])
             else:
-                values[tensor.name] = whole(tensor)
+                values[name] = self._kept.value(tensor)
         return values
 
     def outputs(self, execute: shard_pb2.ExecuteModel, response: Response, values: Mapping[str, torch.Tensor]) -> None:
         result = response.execute
         for name, value in values.items():
-            result.outputs.append(tensors.describe(name, value))
+            tensors.describe(result.outputs, name, value)
         refs = self._arena.place(values, execute.arena_outputs) if execute.HasField("arena_outputs") else None
         if refs is not None:
             result.arena_outputs.extend(refs)
-        elif sum(value.nbytes for value in values.values()) <= INLINE_BYTES:
+        elif sum([value.nbytes for value in values.values()]) <= INLINE_BYTES:
             for tensor, value in zip(result.outputs, tensors.to_host(list(values.values())), strict=True):
-                tensor.data = bytes(tensors.raw(value))
+                tensor.data = tensors.copied(value)
         else:
             refs, size = layout(values, 0, ATTACHED)
             self._attached, memory = new_segment(size)

@@ -29,7 +29,7 @@ def configure(level: str, format: str, *, rank: int, stream: TextIO | None = Non
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
+            structlog.processors.MaybeTimeStamper(fmt="iso", utc=True, key="ts"),  # a report has its own
             _ordered,
             *(_console(out.isatty()) if console else _json()),
         ],

@@ -61,10 +61,11 @@ class Metrics:
         for family in self._per_model:
             family.remove_by_labels({"rank": self._rank, "model": name})
 
-    def forward(self, series: ModelMetrics, result: shard_pb2.ExecuteResult) -> None:
-        series.forward.observe(result.forward_seconds)
-        series.collective.observe(result.collective_seconds)
-        series.copy.observe(result.copy_seconds)
+    def forward(self, series: ModelMetrics, forward: float, collective: float, copy: float) -> None:
+        """Seconds; see the series' own words."""
+        series.forward.observe(forward)
+        series.collective.observe(collective)
+        series.copy.observe(copy)
 
     def command(self, result: str) -> None:
         counter = self._results.get(result)

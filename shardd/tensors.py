@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Sequence
 from math import prod
 from mmap import mmap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from protos.tensor_parallel.v1 import tensor_pb2
 from shardd.errors import InvalidRequest
 
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
+    Outputs = RepeatedCompositeFieldContainer[tensor_pb2.Tensor]
+
 Buffer = bytes | bytearray | memoryview | mmap
 
 MAX_DIMENSIONS = 64
+MOST_KEPT = 64
 
 TORCH_DTYPES: dict[int, torch.dtype] = {
     tensor_pb2.DataType.Value(name.upper()): getattr(torch, name)
@@ -42,6 +49,12 @@ def byte_size(tensor: tensor_pb2.Tensor) -> int:
     if size >= 2**63:
         raise InvalidRequest(f"input {tensor.name!r} is larger than any memory")
     return size
+
+
+def check_size(tensor: tensor_pb2.Tensor, data: bytes) -> None:
+    """Raise :class:`InvalidRequest` unless ``data`` is as long as ``tensor`` calls for."""
+    if len(data) != (size := byte_size(tensor)):
+        raise InvalidRequest(f"input {tensor.name!r} needs {size} bytes, {len(data)} came")
 
 
 def decode(tensor: tensor_pb2.Tensor, data: Buffer, offset: int = 0) -> torch.Tensor:
@@ -77,11 +90,13 @@ def join_parts(tensor: tensor_pb2.Tensor, parts: list[bytes]) -> torch.Tensor:
     return decode(tensor, joined)
 
 
-def describe(name: str, value: torch.Tensor) -> tensor_pb2.Tensor:
-    """``value``'s metadata, without its bytes. Raises :class:`InvalidRequest` for a dtype that no message can carry."""
-    if value.dtype not in WIRE_DTYPES:
+def describe(outputs: Outputs, name: str, value: torch.Tensor) -> tensor_pb2.Tensor:
+    """Add ``value``'s metadata to ``outputs``, without its bytes. Raises :class:`InvalidRequest` for a dtype that no
+    message can carry."""
+    dtype = WIRE_DTYPES.get(value.dtype)
+    if dtype is None:
         raise InvalidRequest(f"output {name!r} has dtype {value.dtype}, which cannot be sent")
-    return tensor_pb2.Tensor(name=name, dtype=WIRE_DTYPES[value.dtype], shape=value.shape)  # type: ignore[arg-type]
+    return outputs.add(name=name, dtype=dtype, shape=value.shape)  # type: ignore[arg-type]
 
 
 def raw(value: torch.Tensor) -> memoryview:
@@ -90,6 +105,33 @@ def raw(value: torch.Tensor) -> memoryview:
         return memoryview(b"")
     flat: Any = value.view(-1).view(torch.uint8).numpy()
     return memoryview(flat)
+
+
+def copied(value: torch.Tensor) -> bytes:
+    """The bytes of a contiguous CPU tensor."""
+    return ctypes.string_at(value.data_ptr(), value.nbytes)
+
+
+class Kept:
+    """Small inputs, each in the memory of the last one of the same description: to make a tensor takes longer than to
+    copy some bytes. So a value is good until the next of its description comes."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, tuple[int, ...]], tuple[torch.Tensor, bytearray]] = {}
+
+    def value(self, tensor: tensor_pb2.Tensor) -> torch.Tensor:
+        """The tensor whose bytes came with it. Raises :class:`InvalidRequest`."""
+        data = tensor.data
+        key = (tensor.name, tensor.dtype, tuple(tensor.shape))
+        known = self._known.get(key)
+        if known is None or len(known[1]) != len(data):
+            check_size(tensor, data)
+            if len(self._known) >= MOST_KEPT:
+                self._known.clear()
+            memory = bytearray(data)
+            known = self._known[key] = decode(tensor, memory), memory
+        known[1][:] = data
+        return known[0]
 
 
 def to_host(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,6 +11,9 @@ from tensor_parallel.checkpoint.constraints import Constraints
 from tensor_parallel.errors import InvalidInput
 from tensor_parallel.planner.plan import FREE, InputSpec
 
+REMEMBERED = 4096
+"""Descriptions of requests that were found to be right."""
+
 
 class RequestChecker:
     """The inputs of one model: their dtypes, shapes and index bounds, what relates their shapes, and which may be
@@ -28,6 +31,8 @@ class RequestChecker:
         self._defaults = {
             name: rule for name, rule in defaults.items() if name in self._specs and rule[0] in self._specs
         }
+        self._bounded = [spec for spec in self._specs.values() if spec.bound is not None]
+        self._described: set[tuple[tuple[str, torch.dtype, torch.Size], ...]] = set()
 
     @property
     def optional(self) -> frozenset[str]:
@@ -39,6 +44,18 @@ class RequestChecker:
         or value that the model does not take. An id outside its table is refused here, since a divided table
         would answer it with zeros.
         """
+        described = tuple([(name, value.dtype, value.shape) for name, value in inputs.items()])
+        if described not in self._described:
+            self._check_descriptions(inputs)
+            if len(self._described) >= REMEMBERED:
+                self._described.clear()
+            self._described.add(described)
+        for spec in self._bounded:
+            if spec.name in inputs:
+                _check_bound(spec, inputs[spec.name])
+
+    def _check_descriptions(self, inputs: Mapping[str, Tensor]) -> None:
+        """All but the values."""
         if not inputs:
             raise InvalidInput(f"the request is empty; the model takes {self._listed(self._specs)}")
         if unknown := [name for name in inputs if name not in self._specs]:
@@ -49,8 +66,6 @@ class RequestChecker:
             elif name not in self._defaults or self._defaults[name][0] not in inputs:
                 raise InvalidInput(f"input {name} is missing; the model takes {self._listed(self._specs)}")
         self._constraints.check({name: value.shape for name, value in self.complete(inputs).items()})
-        for name, value in inputs.items():
-            _check_bound(self._specs[name], value)
 
     def complete(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``inputs`` with the optional ones that were left out filled in, in the model's order."""

@@ -89,3 +89,11 @@ def test_serving_options_are_checked() -> None:
     for bad in ({"verfy": True}, {"verify": 1}, {"threads": 0}, {"threads": True}):
         with pytest.raises(InvalidInput):
             ServingOptions.parse(bad)
+
+
+def test_values_are_looked_at_in_every_request_of_a_known_shape() -> None:
+    CHECKER.check(request())
+    for value in (100, -1):
+        with pytest.raises(InvalidInput, match="outside 0 to 99"):
+            CHECKER.check(request(input_ids=torch.full((2, 3), value)))
+    CHECKER.check(request())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 
 import pytest
@@ -17,7 +18,7 @@ from shardd.errors import InvalidRequest
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
 def test_round_trip(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     value = torch.arange(6).reshape(2, 3).to(dtype) if shape == (2, 3) else torch.ones(shape).to(dtype)
-    message = tensors.describe("x", value)
+    message = tensors.describe(shard_pb2.ExecuteResult().outputs, "x", value)
     message.data = bytes(tensors.raw(value))
     assert len(message.data) == tensors.byte_size(message) == value.nbytes
     back = whole(message)
@@ -158,3 +159,35 @@ def test_the_reader_stays_a_command_ahead_and_no_more() -> None:
         assert len(taken) <= seq + 5
     thread.join(5)
     assert channel.receive() is None
+
+
+def sent(name: str, data: bytes, shape: tuple[int, ...] = (2,), dtype: int = tensor_pb2.FLOAT32) -> tensor_pb2.Tensor:
+    return tensor_pb2.Tensor(name=name, dtype=dtype, shape=shape, data=data)
+
+
+def test_small_inputs_of_one_description_take_turns_in_one_place_and_others_have_their_own() -> None:
+    kept = tensors.Kept()
+    first = kept.value(sent("x", struct.pack("2f", 1, 2)))
+    assert first.tolist() == [1, 2]
+    other, turned = kept.value(sent("y", struct.pack("2f", 3, 4))), kept.value(sent("x", bytes(8), (2, 1)))
+    assert (first.tolist(), other.tolist(), turned.tolist()) == ([1, 2], [3, 4], [[0], [0]])
+    again = kept.value(sent("x", struct.pack("2f", 5, 6)))
+    assert again.tolist() == [5, 6]
+    assert again.data_ptr() == first.data_ptr()
+
+
+def test_a_small_input_must_have_its_size_whatever_was_kept() -> None:
+    kept = tensors.Kept()
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="needs 8 bytes, 4 came"):
+            kept.value(sent("x", bytes(4)))
+        with pytest.raises(InvalidRequest, match="came"):
+            kept.value(sent("x", bytes(8), (2**40,)))
+        assert kept.value(sent("x", bytes(8))).tolist() == [0, 0]
+
+
+def test_no_more_small_inputs_are_kept_than_a_few() -> None:
+    kept = tensors.Kept()
+    for size in range(1, 3 * tensors.MOST_KEPT):
+        assert kept.value(sent("x", b"\x01" * size, (size,), tensor_pb2.UINT8)).tolist() == [1] * size
+    assert len(kept._known) <= tensors.MOST_KEPT
