@@ -16,6 +16,7 @@ DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "FATAL",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in this process: no worker processes that outlive a load, or this daemon
 }
 
 

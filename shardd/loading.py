@@ -38,6 +38,7 @@ class LoadedWeights:
     checksum: int | None
     bytes_read: int
     warnings: list[str]
+    functions_compiled: int | None = None
 
 
 Read = Callable[[shard_pb2.ShardLoadRequest, Report, Callable[[], bool]], LoadedWeights]
@@ -197,6 +198,7 @@ class Loader:
             bytes_held=served.bytes_held,
             bytes_read=weights.bytes_read,
             bytes_per_second=int(served.bytes_held / took) if took else 0,
+            functions_compiled=weights.functions_compiled,
             warnings=weights.warnings,
         )
         self._metrics.loaded(served.bytes_held)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tensor_parallel.serving import ServedModel
 
 MAX_RANKS = 1024
+EXECUTIONS = ("", "eager", "compile")
 _IMPORTING = threading.Lock()
 
 
@@ -66,7 +67,11 @@ class Reader:
             device=self._device,
             group=self._group,
             # What the survivors hold was verified when they loaded it.
-            options={"verify": verify, "known_plan": request.expected_plan_digest},
+            options={
+                "verify": verify,
+                "known_plan": request.expected_plan_digest,
+                "execution": request.options.execution,
+            },
             progress=lambda done, total: report("reading", done, total),
             cancelled=cancelled,
         )
@@ -82,6 +87,7 @@ class Reader:
             checksum=None if self._device.type == "cpu" else served.checksum(),
             bytes_read=source.bytes_read,
             warnings=warnings,
+            functions_compiled=served.compiled,
         )
 
     def plan(self, request: coordinator_pb2.PlanRequest) -> coordinator_pb2.PlanResponse:
@@ -132,8 +138,8 @@ def warm_up() -> None:
 
 def source_options(options: coordinator_pb2.LoadOptions) -> dict[str, Any]:
     """The wire's options as the library's. Raises :class:`InvalidRequest` for what makes no sense."""
-    if options.execution not in ("", "eager"):
-        raise InvalidRequest(f"execution {options.execution!r} is not available here; eager is")
+    if options.execution not in EXECUTIONS:
+        raise InvalidRequest(f"execution {options.execution!r} is not available here; eager and compile are")
     chosen: dict[str, Any] = {}
     if options.dtype:
         chosen["dtype"] = options.dtype
@@ -178,6 +184,8 @@ def _warnings(served: ServedModel) -> list[str]:
     if served.unused:
         shown = ", ".join(served.unused[:5]) + (", ..." if len(served.unused) > 5 else "")
         warnings.append(f"{len(served.unused)} tensors of the checkpoint are not used: {shown}")
+    if served.compiled == 0:
+        warnings.append("execution='compile' changes nothing: this model has nothing that a compiler would join")
     return warnings
 
 

@@ -54,6 +54,10 @@ class PlanError(TensorParallelError):
     """No provably correct plan could be made for a model."""
 
 
+class CannotCompile(TensorParallelError, RuntimeError):
+    """``execution="compile"`` cannot be had: for this model, or on this machine; the message says why."""
+
+
 class CheckpointError(TensorParallelError, ValueError):
     """A checkpoint is missing, truncated, mis-shaped or unsafe; the message names the file or tensor."""
 

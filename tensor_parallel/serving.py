@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tensor_parallel.checkpoint.memory import available_bytes, give_back_freed, 
 from tensor_parallel.checkpoint.prepared import PreparedMemory
 from tensor_parallel.checkpoint.source import Source
 from tensor_parallel.errors import (
+    CannotCompile,
     DoesNotFit,
     InvalidInput,
     LoadCancelled,
@@ -35,28 +36,35 @@ from tensor_parallel.requests import RequestChecker
 
 log = logging.getLogger(__name__)
 
+EXECUTIONS = ("eager", "compile")
+
 
 @dataclass(frozen=True)
 class ServingOptions:
     """``verify``: compare a sharded replica with the unsharded model when planning; where there is no graph to compare,
     see that the model runs at all. ``known_plan``: digest of a plan for which that was done. ``threads``: the reader's.
+    ``execution``: ``eager``, or ``compile`` to run what ``torch.compile`` makes of each rank's part of the graph;
+    ``verify`` then also compares that with the same part uncompiled, whatever plan is known.
     """
 
     verify: bool = True
     known_plan: str = ""
     threads: int | None = None
+    execution: str = "eager"
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> ServingOptions:
         """From a plain mapping. Raises :class:`InvalidInput` naming what is unknown or malformed."""
-        if unknown := sorted(map(str, set(options) - {"verify", "known_plan", "threads"})):
+        if unknown := sorted(map(str, set(options) - {field.name for field in fields(cls)})):
             raise InvalidInput(f"unknown serving option {', '.join(unknown)}")
         verify, threads = options.get("verify", True), options.get("threads")
         if not isinstance(verify, bool):
             raise InvalidInput("option verify must be true or false")
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 64):
             raise InvalidInput("option threads must be from 1 to 64")
-        return cls(verify, str(options.get("known_plan", "")), threads)
+        if (execution := options.get("execution") or "eager") not in EXECUTIONS:
+            raise InvalidInput(f"option execution is {execution!r}, but must be one of {', '.join(EXECUTIONS)}")
+        return cls(verify, str(options.get("known_plan", "")), threads, execution)
 
 
 @dataclass
@@ -78,6 +86,8 @@ class ServedModel:
     checker: RequestChecker
     device: torch.device
     _module: nn.Module = field(repr=False)
+    compiled: int | None = None
+    """How many functions were compiled; None where execution is eager."""
     _names: dict[pytree.TreeSpec, list[str]] = field(default_factory=dict, repr=False)
     _last_names: tuple[pytree.TreeSpec, list[str]] | None = field(default=None, repr=False)
 
@@ -168,14 +178,18 @@ def load_model(
 
     ``progress(bytes_done, bytes_total)``, of bytes held, and ``cancelled()`` are called from this thread. Outputs
     stay divided where the plan leaves them so. Raises :class:`~tensor_parallel.errors.CheckpointError`,
-    :class:`PlanError`, :class:`InvalidInput` for a malformed option, :class:`DoesNotFit` and
-    :class:`LoadCancelled`; what was loaded is then freed.
+    :class:`PlanError`, :class:`InvalidInput` for a malformed option, :class:`DoesNotFit`, :class:`LoadCancelled` and,
+    with ``execution`` ``compile``, :class:`~tensor_parallel.errors.CannotCompile`; what was loaded is then freed.
     """
     from tensor_parallel.planner import instantiate, make_plan
+    from tensor_parallel.planner.rehearsal import check_compiler
     from tensor_parallel.planner.verify import memory_needed
 
     parsed = options if isinstance(options, ServingOptions) else ServingOptions.parse(options or {})
     stop = cancelled or (lambda: False)
+    compiles = parsed.execution == "compile"
+    if compiles:
+        check_compiler(device.type)  # before anything that takes long
     model = source.build_meta()
     _stop_if(stop)
     total = source.total_bytes
@@ -185,6 +199,8 @@ def load_model(
         _stop_if(stop)
         memory.stop()  # what is prepared meanwhile would count as neither
         give_back_freed()
+        if compiles and plan.mode != "graph":
+            raise CannotCompile(f"execution='compile' cannot be had: {'; '.join(plan.notes)}")
         _refuse_if_too_large(plan, rank, device, memory.present)
         loaded = load_shards(
             source,
@@ -201,16 +217,19 @@ def load_model(
     def read(name: str, shard: Shard) -> Tensor:
         return parts.pop(name)
 
+    functions: int | None = None
     module = instantiate(plan, model, rank=rank, group=group, read=read, device=device)
     if isinstance(module, ShardedModule):
         module.plan_branches(lambda: _stop_if(stop))  # a request would wait for it, and all behind it
+        if compiles:
+            functions = module.compile_programs(check=parsed.verify, between=lambda: _stop_if(stop))
     if parsed.verify and plan.mode == "modules" and plan.digest() != parsed.known_plan:
         _stop_if(stop)
         _rehearse(module, source, device)
     give_back_freed()
     checker = RequestChecker(plan.inputs, source.constraints(), source.default_inputs())
     return ServedModel(
-        plan, source.digest(), loaded.digest, loaded.nbytes, source.unused, checker, device, module.eval()
+        plan, source.digest(), loaded.digest, loaded.nbytes, source.unused, checker, device, module.eval(), functions
     )
 
 

@@ -27,7 +27,12 @@ from coordinator.cli.show import console, print_json, size, table
 @option("--max-joined-rows", type=click.IntRange(min=0), default=0, help="Rows joined into one forward; 1: no joining.")
 @option("--max-delay", type=click.FloatRange(min=0), default=0.0, help="Seconds a request may wait to be joined.")
 @option("--arguments", default="", metavar="JSON", help="A factory's arguments, or overrides of the config.")
-@option("--execution", default="", metavar="HOW", help="eager, compile or cuda_graphs.")
+@option(
+    "--execution",
+    default="",
+    metavar="HOW",
+    help="eager, or compile to run what torch.compile makes of it.  [default: eager]",
+)
 @click.pass_context
 def load(context: click.Context, /, name: str, path: str, version: str, **options: Any) -> None:
     """Loads PATH, which lies in the daemons' model root, on every rank and serves it as NAME.

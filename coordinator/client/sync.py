@@ -84,8 +84,9 @@ class Client:
         """Loads ``path`` on every rank and serves it as ``name``; returns the model's description once it serves.
 
         ``options`` are those of `load_options`: kind, dtype, architecture, inputs, verify, max_batch_size,
-        max_joined_rows, max_delay (seconds), arguments, execution. ``progress`` is called with each report: ``stage``
-        and ``ranks`` (bytes_done, bytes_total, bytes_per_second, eta_seconds, stage). An older version goes on serving.
+        max_joined_rows, max_delay (seconds), arguments, execution (``eager`` or ``compile``). ``progress`` is called
+        with each report: ``stage`` and ``ranks`` (bytes_done, bytes_total, bytes_per_second, eta_seconds, stage). An
+        older version goes on serving.
         """
         request = calls.load_request(name, path, version, options)
         method = self._channel.unary_stream(

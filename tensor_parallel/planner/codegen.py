@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import linecache
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from tensor_parallel.group import Group
 from tensor_parallel.planner import cpu_linear
 from tensor_parallel.planner.program import PerRank, Program, Ref, Step, refs_in
+from tensor_parallel.planner.segments import Called, blocks, renumbered
 
 aten = torch.ops.aten
 
@@ -69,17 +70,24 @@ def _getitem(value: Any, index: int) -> Any:
 
 
 def generate(
-    program: Program, rank: int, group: Group, device: torch.device, tag: str, *, record_entries: bool
+    program: Program,
+    rank: int,
+    group: Group,
+    device: torch.device,
+    tag: str,
+    *,
+    record_entries: bool,
+    called: Called | None = None,
 ) -> tuple[Callable[..., Any], str]:
     """``fn(inputs, states, constants) -> (outputs, updates)`` for ``rank``, and its source.
 
     With ``record_entries`` False, which is for calls that record no gradient, the steps that matter to gradients only
-    are left out, and a sum over ranks takes over the memory of what nothing else needs.
+    are left out, and a sum over ranks takes over the memory of what nothing else needs. With ``called``, runs of steps
+    that a compiler may join are functions of their own (see ``segments``), of which it gives what to call.
     """
     from tensor_parallel.planner.runtime import AllReduce, Enter, add_part
 
     scope: dict[str, Any] = {}
-    names: dict[int, str] = {}
     alias: dict[int, int] = {}
     writer = _Writer(scope, rank, device, alias)
     steps: list[Step] = []
@@ -108,18 +116,29 @@ def generate(
     ):
         if numbers:
             lines.append(f"    {', '.join(f'v{n}' for n in numbers)}, = {what}")
-    for step in steps:
+
+    def statement(step: Step) -> str:
         if isinstance(step.fn, AllReduce) and not record_entries:
             number = _root(alias, step.args[0].id)
             if owned(number) and number in last.get(step.out, ()):
                 step = replace(step, fn=_SumInPlace(group))
         if step.fn is aten.linear.default and not record_entries and device.type == "cpu":
-            features_first = layout.is_free(step.out)
+            features_first = step.out not in joined and layout.is_free(step.out)
             step = replace(step, fn=cpu_linear.linear_features_first if features_first else cpu_linear.linear)
-        lines.append("    " + writer.statement(step, group))
-        dead = [n for n in last.get(step.out, ()) if n != step.out]
-        if dead:
-            lines.append("    " + " = ".join(f"v{n}" for n in dead) + " = None")
+        return writer.statement(step, group)
+
+    parts = [[step] for step in steps] if called is None else list(blocks(steps))
+    # Of what goes into compiled code, which is compiled for one layout.
+    joined = {_root(alias, n) for block in parts if len(block) > 1 for step in block for n in refs_in(step)}
+    for block in parts:
+        dead = [number for step in block for number in last.get(step.out, ())]
+        made = {step.out for step in block}
+        if len(block) == 1 or called is None:
+            lines.append("    " + statement(block[0]))
+        else:
+            lines.append("    " + writer.call(block, [step.out for step in block if step.out not in dead], called))
+        if gone := [number for number in dead if number not in made]:
+            lines.append("    " + " = ".join(f"v{n}" for n in gone) + " = None")
     outputs = writer.expression(list(program.outputs))
     updates = writer.expression(list(program.updates.values()))
     lines.append(f"    return {outputs}, {updates}")
@@ -127,7 +146,6 @@ def generate(
     filename = f"<planned forward {tag} rank {rank}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     exec(compile(source, filename, "exec"), scope)
-    del names
     return scope["forward"], source
 
 
@@ -200,7 +218,7 @@ class _Writer:
         self.scope, self.rank, self.device, self.alias = scope, rank, device, alias
         self._known: dict[Any, str] = {}
 
-    def statement(self, step: Step, group: Group) -> str:
+    def statement(self, step: Step, group: Group | None) -> str:
         import operator
 
         if step.fn is operator.getitem and isinstance(step.args[1], int):
@@ -216,6 +234,17 @@ class _Writer:
         parts = [self.expression(a) for a in step.args]
         parts += [f"{key}={self.expression(value)}" for key, value in step.kwargs.items()]
         return f"v{step.out} = {name}({', '.join(parts)})"
+
+    def call(self, block: Sequence[Step], gives: Sequence[int], called: Called) -> str:
+        """The call of a block that is compiled; its own source is written with numbers and a scope of its own."""
+        steps, takes, local = renumbered(block, lambda number: _root(self.alias, number))
+        inner = _Writer({}, self.rank, self.device, local)
+        lines = [f"def segment({', '.join(f'v{local[number]}' for number in takes)}):"]
+        lines += ["    " + inner.statement(step, None) for step in steps]
+        lines.append(f"    return ({''.join(f'v{local[number]}, ' for number in gives)})")
+        name = self.constant(called("\n".join(lines) + "\n", inner.scope), f"segment_{block[0].out}")
+        targets = "".join(f"v{number}, " for number in gives)
+        return f"{targets}= {name}({', '.join(f'v{number}' for number in takes)})"
 
     def function(self, fn: Any) -> str:
         if fn not in self._known:
@@ -247,5 +276,5 @@ class _Writer:
         return self.constant(value, f"c{len(self.scope)}")
 
 
-def _bound(run: Callable[..., Any], group: Group) -> Callable[..., Any]:
+def _bound(run: Callable[..., Any], group: Group | None) -> Callable[..., Any]:
     return lambda *args: run(group, *args)

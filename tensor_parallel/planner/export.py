@@ -13,6 +13,7 @@ import inspect
 import itertools
 import logging
 import re
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -28,6 +29,9 @@ from tensor_parallel.planner.reserve import tracing_settings
 from tensor_parallel.planner.traced import Traced, collect
 
 log = logging.getLogger(__name__)
+
+TRACING = threading.Lock()
+"""torch.export and torch.compile keep state of the whole process: two at once break each other."""
 
 
 def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, flipped: Collection[int] = ()) -> Traced:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from tensor_parallel.group import Group
 from tensor_parallel.planner import search as searching
 from tensor_parallel.planner import specs, verify
 from tensor_parallel.planner.cost import Network
-from tensor_parallel.planner.export import trace
+from tensor_parallel.planner.export import TRACING, trace
 from tensor_parallel.planner.module import Compiled, ShardedModule
 from tensor_parallel.planner.placement import ALL, positions
 from tensor_parallel.planner.plan import Collective, Plan, Reason
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from tensor_parallel.planner.fallback import ModulesModel
 
 log = logging.getLogger(__name__)
-
-_TRACING = threading.Lock()  # torch.export keeps state of the whole process: two traces at once break each other
 
 Examples = Mapping[str, Any] | Sequence[Any]
 Read = Callable[[str, Shard], Tensor]
@@ -109,7 +106,7 @@ def plan_skeleton(
     tensors = Tensors(twin)
     args, kwargs = _on_cpu(args), _on_cpu(kwargs)
     try:
-        with _TRACING, warnings.catch_warnings(), reserved(twin):
+        with TRACING, warnings.catch_warnings(), reserved(twin):
             warnings.simplefilter("ignore")
             traced = trace(twin, args, kwargs, flipped=flipped)
         return plan_traced(
@@ -200,7 +197,7 @@ def plan_traced(
 
 def _verify(twin: nn.Module, prover: Prover, traced: Traced, tensors: Tensors, shards: Mapping[str, Shard]) -> str:
     buffers = {tensors.canonical(name): buffer for name, buffer in twin.named_buffers(remove_duplicate=False)}
-    with _TRACING:  # the model's own code runs, which asks whether it is being traced
+    with TRACING:  # the model's own code runs, which asks whether it is being traced
         return verify.verify(prover, traced, tensors, shards, buffers, twin)
 
 

@@ -24,6 +24,8 @@ from tensor_parallel.planner.branches import AHEAD, Way, try_ways
 from tensor_parallel.planner.codegen import generate
 from tensor_parallel.planner.plan import FREE, Plan
 from tensor_parallel.planner.program import Program
+from tensor_parallel.planner.rehearsal import Alone, Rehearsal
+from tensor_parallel.planner.segments import Called, Segments
 from tensor_parallel.planner.traced import Traced
 
 _Slot = tuple[dict[str, Any], str]
@@ -48,8 +50,9 @@ class Runner:
     ) -> None:
         self.plan, self.compiled = plan, compiled
         program = compiled.program
-        self._grad, self.source = generate(program, group.rank, group, device, plan.digest()[:8], record_entries=True)
-        self._plain, _ = generate(program, group.rank, group, device, plan.digest()[:8], record_entries=False)
+        self._tag, self._group, self._device = plan.digest()[:8], group, device
+        self._grad, self.source = generate(program, group.rank, group, device, self._tag, record_entries=True)
+        self._plain = self._without_gradients(group, None)
         self._slots = [module.slot(name) for name in program.states]
         self._constants = [compiled.traced.constants[name][1].to(device) for name in program.constants]
         self._updates = [module.slot(name) for name in program.updates]
@@ -83,6 +86,21 @@ class Runner:
         """Whether the inputs' values take the branches that the program was traced along."""
         branches = self.compiled.traced.branches
         return branches is None or branches.hold(leaves)
+
+    def _without_gradients(self, group: Group, called: Called | None) -> Callable[..., Any]:
+        program = self.compiled.program
+        made, _ = generate(program, group.rank, group, self._device, self._tag, record_entries=False, called=called)
+        return made
+
+    def compile(self, segments: Segments, *, check: bool, between: Callable[[], None]) -> None:
+        """Compile what lies between matrices and collectives, for calls that record no gradient; see ``rehearsal``.
+        Raises :class:`~tensor_parallel.errors.CannotCompile`, and what ``between`` raises."""
+        rehearsal = Rehearsal(segments, check=check, between=between)
+        group = Group(self._group.rank, self._group.world_size, Alone(self._group))
+        forward = self._without_gradients(group, rehearsal.called)
+        states = [table[key] for table, key in self._slots]
+        rehearsal.run(lambda leaves: forward(leaves, states, self._constants), self.compiled.traced, self._device)
+        self._plain = self._without_gradients(self._group, segments.called)
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         states = [table[key] for table, key in self._slots]
@@ -200,6 +218,16 @@ class ShardedModule(nn.Module):
             if branches is not None and self._planner is not None and len(branches.decisions) <= AHEAD:
                 try_ways(partial(self._plan_way, runner, between), 2**AHEAD - 1)
         return sum(len(runners) for runners in self._runners.values()) - len(before)
+
+    def compile_programs(self, *, check: bool, between: Callable[[], None] = lambda: None) -> int:
+        """Compile the programs there are; how many functions that made. ``check``: compare what they compute with what
+        they compute uncompiled. ``between`` is called before each, and may raise. Programs planned later run as they
+        are. Raises :class:`~tensor_parallel.errors.CannotCompile`."""
+        segments = Segments(self._device)
+        for runners in self._runners.values():
+            for runner in runners:
+                runner.compile(segments, check=check, between=between)
+        return len(segments)
 
     def _plan_way(self, runner: Runner, between: Callable[[], None], way: Way) -> int:
         """Plan one way through the model of ``runner``, whose own is planned; how many branches there are on it."""

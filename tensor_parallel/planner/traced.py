@@ -64,6 +64,10 @@ class Traced:
                         return False
                 elif not expr.is_number and expr.subs(sizes) != actual:
                     return False
+        return self.satisfied(sizes)
+
+    def satisfied(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
+        """Whether these free sizes meet what the trace assumed of them."""
         return _satisfies(self.guards, sizes)
 
     def values(self, size: Any) -> tuple[int, ...]:

@@ -66,6 +66,12 @@ def _linear(_: argparse.Namespace) -> list[Report]:
     return [linears()]
 
 
+def _compile(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.execution import execution
+
+    return [execution()]
+
+
 def _planner(_: argparse.Namespace) -> list[Report]:
     from tests.benchmarks.planner import planner
 
@@ -93,6 +99,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Report]]] = {
     "minilm": _minilm,
     "loading": _loading,
     "planner": _planner,
+    "compile": _compile,
     "planning": _planning,
     "scale": _scale,
 }

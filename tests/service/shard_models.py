@@ -114,3 +114,16 @@ def slow() -> Made:
 
 def broken() -> Made:
     raise RuntimeError("this factory is broken")
+
+
+class Gated(Mlp):
+    """An Mlp with something for a compiler between its matrices."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x)
+        return self.down(hidden * torch.sigmoid(hidden * 1.5 + 0.5))
+
+
+def gated() -> Made:
+    model = Gated(64, 256)
+    return model, {"x": torch.zeros(2, 64)}
