@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -16,6 +16,7 @@ from coordinator import health_service, service
 from coordinator.config import Config, ConfigError
 from coordinator.core import Core
 from coordinator.health_service import HealthService
+from coordinator.http2 import server as http2
 from coordinator.inference_service import inference_handler
 from coordinator.reflection import add_reflection
 from coordinator.security import TokenInterceptor, server_credentials
@@ -23,6 +24,8 @@ from coordinator.service import CoordinatorService
 from coordinator.tracing import Tracing
 from protos.inference import SERVICE_NAME as INFERENCE
 from protos.malformed import AsyncMalformedInterceptor
+
+AnyServer: TypeAlias = "grpc.aio.Server | http2.Server"
 
 
 class Server:
@@ -33,20 +36,21 @@ class Server:
         interceptors: list[Any] = [AsyncMalformedInterceptor()]
         if config.token is not None:
             interceptors.append(TokenInterceptor(config.token))
-        self._main = _server(config.max_message_bytes, interceptors)
-        self._health: grpc.aio.Server | None = None
-        self.address = _bind(self._main, config.listen, server_credentials(config.tls), "listen")
+        credentials = server_credentials(config.tls)
+        self._main = _server(config.max_message_bytes, interceptors, secure=credentials is not None)
+        self._health: AnyServer | None = None
+        self.address = _bind(self._main, config.listen, credentials, "listen")
         self.health_address: str | None = None
         if config.health_listen is not None:
-            self._health = _server(4096, [AsyncMalformedInterceptor()])
+            self._health = _server(4096, [AsyncMalformedInterceptor()], secure=False)
             self.health_address = _bind(self._health, config.health_listen, None, "health-listen")
 
     async def start(self, core: Core, tracing: Tracing) -> None:
         self._main.add_generic_rpc_handlers((CoordinatorService(core, tracing).handler(),))
         self._main.add_generic_rpc_handlers((inference_handler(core, tracing),))
-        add_reflection(self._main, (service.SERVICE, INFERENCE, health_service.SERVICE))
+        add_reflection(cast(grpc.aio.Server, self._main), (service.SERVICE, INFERENCE, health_service.SERVICE))
         for server in self._servers():
-            health_pb2_grpc.add_HealthServicer_to_server(HealthService(core), server)
+            health_pb2_grpc.add_HealthServicer_to_server(HealthService(core), cast(grpc.aio.Server, server))
             await server.start()
 
     async def stop(self, grace: float) -> None:
@@ -54,11 +58,14 @@ class Server:
         for server in self._servers():
             await server.stop(grace)
 
-    def _servers(self) -> list[grpc.aio.Server]:
+    def _servers(self) -> list[AnyServer]:
         return [server for server in (self._main, self._health) if server is not None]
 
 
-def _server(max_message_bytes: int, interceptors: Sequence[Any]) -> grpc.aio.Server:
+def _server(max_message_bytes: int, interceptors: Sequence[Any], *, secure: bool) -> AnyServer:
+    """TLS is gRPC's own; without it our server, which answers sooner."""
+    if not secure:
+        return http2.Server(interceptors, max_message_bytes)
     options = (
         ("grpc.so_reuseport", 0),  # a port belongs to one coordinator
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -70,14 +77,15 @@ def _server(max_message_bytes: int, interceptors: Sequence[Any]) -> grpc.aio.Ser
     return grpc.aio.server(interceptors=interceptors, options=options)
 
 
-def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None, flag: str) -> str:
+def _bind(server: AnyServer, address: str, credentials: grpc.ServerCredentials | None, flag: str) -> str:
     """Returns the address with the port that was bound."""
     try:
         if credentials is None:
             port = server.add_insecure_port(address)
         else:
+            assert isinstance(server, grpc.aio.Server)
             port = server.add_secure_port(address, credentials)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         raise ConfigError(f"--{flag} {address} cannot be bound: {_why(address)}") from None
     if port == 0:
         raise ConfigError(f"--{flag} {address} cannot be bound: {_why(address)}")

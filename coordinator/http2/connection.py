@@ -1,0 +1,383 @@
+"""One client's connection: the sockets' bytes into streams, and the streams' answers into bytes.
+
+All of HTTP/2's state, and every decision about it, is in ``httpunk``'s ``H2Streams`` (the state of hyper's h2 crate,
+without any I/O). Its own asyncio driver wakes five tasks for a request; this one none, as nothing here has to wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from httpunk import _httpunk as h2
+
+PREFACE = 20.0  # seconds that a new connection has to say that it speaks HTTP/2
+_KEEPALIVE = 60  # seconds of silence after which the kernel asks whether the peer is still there
+_FRAME_HEADER = 9  # bytes, of which the first three are the payload's length
+_OWED = 1000  # control frames that a client may send while it reads no answers
+_PROTOCOL_ERROR, _INTERNAL_ERROR, _CALM = 1, 2, 11  # RFC 9113, section 7
+_OPTIONS: dict[str, Any] = {
+    "initial_window_size": 8 << 20,
+    "connection_window": 32 << 20,
+    "max_frame_size": 1 << 20,
+    "max_header_list_size": 16 << 10,
+    "max_send_buf_size": 4 << 20,
+    "max_concurrent_streams": 10_000,  # past that a client's own library queues
+    "auto_date_header": False,
+}
+
+
+class Gone(Exception):
+    """The client has reset the stream, or its connection is lost."""
+
+
+class Stream:
+    """A request as it arrives, and the way back."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.id = 0
+        self.head: Any = None  # httpunk's frame: method, path, headers
+        self.gone = False
+        self.on_gone: Callable[[], None] | None = None
+        self._connection = connection
+        self._chunks: deque[tuple[bytes, bool]] = deque()
+        self._ended = False
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+
+    # ---- the request
+
+    @property
+    def peer(self) -> str:
+        return self._connection.peer
+
+    async def chunk(self) -> bytes | None:
+        """The next piece of the body, None at its end. Raises Gone."""
+        while not self._chunks:
+            if self.gone:
+                raise Gone
+            if self._ended:
+                return None
+            self._connection.flush()  # the client may wait for the room that was made
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        data, budgeted = self._chunks.popleft()
+        self._connection.consumed(self.id, len(data), budgeted)
+        return data
+
+    def arrived(self, data: bytes | None, budgeted: bool, ended: bool) -> None:
+        if data is not None:
+            self._chunks.append((data, budgeted))
+        self._ended = self._ended or ended
+        _wake(self._reader)
+
+    def writable(self) -> None:
+        _wake(self._writer)
+
+    def stop(self) -> None:
+        """The client takes no answer any more."""
+        if not self.gone:
+            self.gone = True
+            _wake(self._reader)
+            _wake(self._writer)
+            if self.on_gone is not None:
+                self.on_gone()
+
+    # ---- the answer
+
+    def begin(self, fields: Any, *, end: bool = False) -> None:
+        """Status 200 and ``fields``, a HeaderMap; nothing else follows when ``end``. Raises Gone."""
+        self._connection.acted(self._connection.state.send_response_head(self.id, 200, fields, end))
+
+    async def send(self, data: bytes) -> None:
+        """Waits while the client has no room for it. Raises Gone."""
+        offset = 0
+        while True:
+            verdict = self._connection.acted(self._connection.state.send_data(self.id, data, offset, False))
+            if verdict.done:
+                return
+            offset += verdict.sent
+            if not verdict.sent:
+                self._writer = asyncio.get_running_loop().create_future()
+                self._connection.flush()  # which may make room
+                await self._writer
+                if self.gone:
+                    raise Gone
+
+    def end(self, trailers: Any) -> None:
+        """Raises Gone."""
+        self._connection.acted(self._connection.state.send_trailers(self.id, trailers))
+
+    def flush(self) -> None:
+        """Lets what was sent go."""
+        self._connection.flush()
+
+
+class OneByOne:
+    """Cuts a connection's bytes behind its preface, and behind each frame."""
+
+    def __init__(self) -> None:
+        self._left = len(h2.H2_PREFACE)
+        self._header = b""
+
+    def cut(self, data: bytes) -> tuple[bytes, bytes]:
+        """The first piece, and the rest."""
+        if self._left:
+            size = min(self._left, len(data))
+            self._left -= size
+        else:
+            size = _FRAME_HEADER - len(self._header)
+            self._header += data[:size]
+            if len(self._header) == _FRAME_HEADER:
+                self._left, self._header = int.from_bytes(self._header[:3], "big"), b""
+        return data[:size], data[size:]
+
+
+class Connection(asyncio.Protocol):
+    """Calls ``serve`` with every new stream; its tasks are the connection's ``calls``."""
+
+    def __init__(self, serve: Callable[[Stream], Any], closed: Callable[[Connection], None]) -> None:
+        self.state: Any = h2.H2Streams("server", **_OPTIONS)
+        self.peer = ""
+        self.calls: set[asyncio.Task[None]] = set()
+        self._serve = serve
+        self._closed = closed
+        self._loop = asyncio.get_running_loop()
+        self._transport: Any = None
+        self._spare = Stream(self)  # the next stream to be opened
+        self._one_by_one = OneByOne()
+        self._acknowledged = False
+        self._heard = False
+        self._paused = False
+        self._owed = 0
+        self._ending = False
+        self._dispatch: dict[type, Callable[[Any], None]] = {
+            h2.H2FrameHeaders: self._headers,
+            h2.H2FrameData: self._data,
+            h2.H2FrameWindowUpdate: self._window_update,
+            h2.H2FrameSettings: self._settings,
+            h2.H2FramePing: self._ping,
+            h2.H2FrameRstStream: self._reset,
+            h2.H2FrameGoAway: self._go_away,
+            h2.H2FrameStreamError: self._stream_error,
+        }
+
+    # ---- asyncio.Protocol
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self.peer = _peer(transport)
+        _keep_alive(transport)
+        self.state.begin()
+        self.flush()
+        self._loop.call_later(PREFACE, self._expire)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        try:
+            for frame in self._frames(data):
+                act = self._dispatch.get(type(frame))  # None: priorities, which nobody heeds any more
+                if act is None:
+                    continue
+                try:
+                    act(frame)
+                except h2.H2StreamError as error:
+                    self._refuse(error)
+            self._after(self.state.maybe_goaway_reply())
+            self.flush()
+        except h2.H2Error as error:
+            reason = error.args[0] if error.args and isinstance(error.args[0], int) else _PROTOCOL_ERROR
+            self._abandon(reason)
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._fail()
+        self._closed(self)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._owed = 0
+        self.flush()
+
+    # ---- frames
+
+    def _frames(self, data: bytes) -> Iterator[Any]:
+        """What ``data`` completes: at first one frame at a time, because after the client's acknowledgement of our
+        settings, in the same bytes, its frames may be larger than before."""
+        while data and not self._acknowledged:
+            piece, data = self._one_by_one.cut(data)
+            yield from self.state.receive(piece)
+        if data:
+            yield from self.state.receive(data)
+
+    def _headers(self, frame: Any) -> None:
+        verdict = self.state.recv_headers(frame, self._spare)
+        if verdict.kind == h2.H2_HEADERS_OPENED:
+            stream, self._spare = self._spare, Stream(self)
+            stream.id, stream.head = verdict.stream_id, frame
+            self.state.accepted(stream.id)
+            if verdict.eof:
+                stream.arrived(None, False, True)
+            task = self._loop.create_task(self._serve(stream))
+            self.calls.add(task)
+            task.add_done_callback(self._served)
+        elif verdict.kind == h2.H2_HEADERS_TRAILERS:
+            verdict.handle.arrived(None, False, True)
+        self._after(verdict.flags)
+
+    def _data(self, frame: Any) -> None:
+        verdict = self.state.recv_data(frame)
+        if verdict.handle is not None:
+            verdict.handle.arrived(verdict.payload, verdict.budgeted, verdict.eof)
+        self._after(verdict.flags)
+
+    def _window_update(self, frame: Any) -> None:
+        _writable(self.state.recv_window_update(frame))
+
+    def _settings(self, frame: Any) -> None:
+        self._count()
+        self._acknowledged = self._acknowledged or frame.ack
+        _, woken, flags = self.state.recv_settings(frame)
+        _writable(woken)
+        self._after(flags)
+
+    def _ping(self, frame: Any) -> None:
+        self._count()
+        self._after(self.state.recv_ping(frame))
+
+    def _reset(self, frame: Any) -> None:
+        found = self.state.recv_reset(frame)
+        if found is not None:
+            stream, _, _, flags = found
+            stream.stop()
+            self._after(flags)
+
+    def _go_away(self, frame: Any) -> None:
+        aborted, flags = self.state.recv_go_away(frame)
+        for stream, _ in aborted:
+            stream.stop()
+        self._after(flags)
+
+    def _stream_error(self, frame: Any) -> None:
+        raise h2.H2StreamError(frame.stream_id, frame.error_code, "library")
+
+    def _refuse(self, error: Any) -> None:
+        """Resets the one stream on which the client broke a rule."""
+        self._spare = Stream(self)  # the frame may have consumed it
+        number, reason, initiator = error.args
+        if initiator != "remote":
+            verdict = self.state.reset_on_error(number, reason)
+            if verdict.handle is not None:
+                verdict.handle.stop()
+            self._after(verdict.flags)
+
+    def _count(self) -> None:
+        if self._paused:
+            self._owed += 1
+            if self._owed > _OWED:
+                raise h2.H2ProtocolError(_CALM)
+
+    # ---- what the state asks for
+
+    def _after(self, flags: int) -> None:
+        if flags & h2.H2_FLAG_CAPACITY:
+            stream = self.state.next_capacity_wake()
+            if stream is not None:
+                stream.writable()
+        if flags & (h2.H2_FLAG_CONN_DONE | h2.H2_FLAG_STOP_ACCEPTING):
+            self._ending = True
+            self._loop.call_soon(self._close_if_done)
+
+    def acted(self, verdict: Any) -> Any:
+        """Checks and passes on what the state made of something sent. Raises Gone."""
+        if verdict.stopped is not None:
+            raise Gone
+        self._after(verdict.flags)
+        if verdict.handle is not None:  # the answer is complete, and the rest of the request was refused
+            verdict.handle.arrived(None, False, True)
+        return verdict
+
+    def consumed(self, stream: int, size: int, budgeted: bool) -> None:
+        """Makes room for as much as the servicer has taken."""
+        if budgeted:
+            self.state.release_data_frame(stream, size)
+        self._after(self.state.release_capacity(stream, size))
+
+    def flush(self) -> None:
+        """Writes what is pending, unless the client does not read."""
+        while not self._paused and self.state.has_pending():
+            batch, _ = self.state.take_pending()
+            self._transport.write(batch)
+            batch.release()
+            _writable(self.state.credit_written())
+
+    # ---- the end
+
+    def shut(self) -> None:
+        """Asks the client for no more calls; closes when those at work are done."""
+        self._after(self.state.begin_graceful_shutdown())
+        self.flush()
+
+    def cut(self) -> None:
+        """Ends whatever still runs."""
+        for task in self.calls:
+            task.cancel()
+        self._transport.abort()
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self.calls.discard(task)
+        if self._ending:
+            self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if not self.calls:
+            self.flush()
+            self._transport.close()
+
+    def _expire(self) -> None:
+        if not self._heard:
+            self._transport.abort()
+
+    def _abandon(self, reason: int) -> None:
+        """The client broke a rule of the connection, of which it is told."""
+        self.state.send_goaway(reason)
+        self._paused = False
+        self.flush()
+        self._fail()
+        self._transport.close()
+
+    def _fail(self) -> None:
+        for stream, _ in self.state.fail(None):
+            stream.stop()
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
+
+
+def _writable(streams: Iterable[Any]) -> None:
+    for stream in streams:
+        stream.writable()
+
+
+def _peer(transport: Any) -> str:
+    """As gRPC writes it."""
+    name = transport.get_extra_info("peername")
+    if not isinstance(name, tuple):
+        return "unix:"
+    host, port = name[:2]
+    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+
+
+def _keep_alive(transport: Any) -> None:
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE)

@@ -1,0 +1,124 @@
+"""The messages of a gRPC body: a byte that tells whether it is compressed, four of length, and the bytes."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+
+_PREFIX = struct.Struct(">BI")
+IDENTITY = b"identity"
+_WINDOW_BITS = {b"gzip": 31, b"deflate": 15}
+ENCODINGS = (IDENTITY, *_WINDOW_BITS)
+
+
+class BodyError(Exception):
+    """A body that is refused: ``code`` and ``message`` for the client."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+def prefix(size: int) -> bytes:
+    """What stands before an uncompressed message of ``size`` bytes. Raises BodyError at 4 GiB."""
+    if size >= 1 << 32:
+        raise BodyError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED, f"the answer has {size} bytes; gRPC's messages have < 4 GiB"
+        )
+    return _PREFIX.pack(0, size)
+
+
+class Messages:
+    """Iterates over the messages of a body that arrives in chunks cut anywhere; ``chunk`` gives the next, then None.
+
+    ``encoding`` is that of the field ``grpc-encoding``, ``limit`` the most bytes a message may have, unpacked too.
+    Iterating raises BodyError.
+    """
+
+    def __init__(self, chunk: Callable[[], Awaitable[bytes | None]], encoding: bytes, limit: int) -> None:
+        self._chunk = chunk
+        self._encoding = encoding
+        self._limit = limit
+        self._held: deque[bytes] = deque()
+        self._size = 0
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not await self._fill(_PREFIX.size):
+            if self._size:
+                raise BodyError(grpc.StatusCode.INVALID_ARGUMENT, "the request ends within a message's prefix")
+            raise StopAsyncIteration
+        compressed, size = _PREFIX.unpack(self._take(_PREFIX.size))
+        if size > self._limit:
+            raise _too_large(f"{size}", self._limit)
+        if not await self._fill(size):
+            raise BodyError(
+                grpc.StatusCode.INVALID_ARGUMENT, f"the request ends after {self._size} of a message's {size} bytes"
+            )
+        data = self._take(size)
+        if compressed == 0:
+            return data
+        if compressed != 1:
+            raise BodyError(
+                grpc.StatusCode.INVALID_ARGUMENT, f"a message begins with the byte {compressed}, not 0 or 1"
+            )
+        return self._unpacked(data)
+
+    async def only(self) -> bytes:
+        """The one message of a unary request."""
+        try:
+            data = await self.__anext__()
+        except StopAsyncIteration:
+            raise BodyError(grpc.StatusCode.INVALID_ARGUMENT, "the request has no message") from None
+        if await self._fill(1):
+            raise BodyError(grpc.StatusCode.INVALID_ARGUMENT, "the request has more than one message")
+        return data
+
+    async def _fill(self, size: int) -> bool:
+        """Whether ``size`` bytes came before the end."""
+        while self._size < size:
+            chunk = await self._chunk()
+            if chunk is None:
+                return False
+            self._held.append(chunk)
+            self._size += len(chunk)
+        return True
+
+    def _take(self, size: int) -> bytes:
+        self._size -= size
+        taken = []
+        while size:
+            chunk = self._held.popleft()
+            if len(chunk) > size:
+                self._held.appendleft(chunk[size:])
+                chunk = chunk[:size]
+            taken.append(chunk)
+            size -= len(chunk)
+        return taken[0] if len(taken) == 1 else b"".join(taken)
+
+    def _unpacked(self, data: bytes) -> bytes:
+        bits = _WINDOW_BITS.get(self._encoding)
+        if bits is None:
+            raise BodyError(grpc.StatusCode.INVALID_ARGUMENT, "a message is compressed, but grpc-encoding is identity")
+        unpacker = zlib.decompressobj(bits)
+        try:
+            unpacked = unpacker.decompress(data, self._limit + 1)
+        except zlib.error:
+            unpacked = b""
+        if len(unpacked) > self._limit:
+            raise _too_large("more", self._limit)
+        if not unpacker.eof:
+            name = self._encoding.decode()
+            raise BodyError(grpc.StatusCode.INVALID_ARGUMENT, f"a message cannot be unpacked as {name}")
+        return unpacked
+
+
+def _too_large(size: str, limit: int) -> BodyError:
+    return BodyError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"Received message larger than max ({size} vs. {limit})")
