@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -16,7 +17,6 @@ from coordinator import health_service, service
 from coordinator.config import Config, ConfigError
 from coordinator.core import Core
 from coordinator.health_service import HealthService
-from coordinator.http2 import server as http2
 from coordinator.inference_service import inference_handler
 from coordinator.reflection import add_reflection
 from coordinator.security import TokenInterceptor, server_credentials
@@ -25,7 +25,10 @@ from coordinator.tracing import Tracing
 from protos.inference import SERVICE_NAME as INFERENCE
 from protos.malformed import AsyncMalformedInterceptor
 
-AnyServer: TypeAlias = "grpc.aio.Server | http2.Server"
+if TYPE_CHECKING:
+    from coordinator.http2.server import Server as Http2Server
+
+AnyServer: TypeAlias = "grpc.aio.Server | Http2Server"
 
 
 class Server:
@@ -63,9 +66,12 @@ class Server:
 
 
 def _server(max_message_bytes: int, interceptors: Sequence[Any], *, secure: bool) -> AnyServer:
-    """TLS is gRPC's own; without it our server, which answers sooner."""
+    """Our own, which answers sooner; gRPC's for TLS, and where there is no httpunk."""
     if not secure:
-        return http2.Server(interceptors, max_message_bytes)
+        with contextlib.suppress(ImportError):
+            from coordinator.http2.server import Server as Http2Server
+
+            return Http2Server(interceptors, max_message_bytes)
     options = (
         ("grpc.so_reuseport", 0),  # a port belongs to one coordinator
         ("grpc.max_receive_message_length", max_message_bytes),

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import grpc
 from httpunk import HeaderMap
 
-from coordinator.http2.connection import Gone, Stream
+from coordinator.http2.connection import MAX_HEADER_LIST, Gone, Stream
 from coordinator.http2.fields import MalformedField, Metadata, fields_of, message_field, metadata_of, seconds_of
 from coordinator.http2.messages import ENCODINGS, IDENTITY, BodyError, Messages, prefix
 from coordinator.logging import get_logger
@@ -153,6 +153,9 @@ class Call:
         try:
             if head.method != "POST" or not (kind == _GRPC or kind.startswith((_GRPC + b"+", _GRPC + b";"))):
                 raise BodyError(grpc.StatusCode.UNKNOWN, "this port speaks gRPC: POST, content-type application/grpc")
+            if sum(len(name) + len(value) + 32 for name, value in fields) > MAX_HEADER_LIST:
+                message = f"the call's metadata has more than {MAX_HEADER_LIST} bytes"
+                raise BodyError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
             encoding = named.get(b"grpc-encoding", IDENTITY)
             if encoding not in ENCODINGS:
                 shown = encoding[:32].decode("latin-1")

@@ -16,6 +16,7 @@ from httpunk import _httpunk as h2
 
 PREFACE = 20.0  # seconds that a new connection has to say that it speaks HTTP/2
 _KEEPALIVE = 60  # seconds of silence after which the kernel asks whether the peer is still there
+MAX_HEADER_LIST = 16 << 10  # bytes as HTTP/2 counts them, 32 more for each field
 _FRAME_HEADER = 9  # bytes, of which the first three are the payload's length
 _OWED = 1000  # control frames that a client may send while it reads no answers
 _PROTOCOL_ERROR, _INTERNAL_ERROR, _CALM = 1, 2, 11  # RFC 9113, section 7
@@ -23,7 +24,7 @@ _OPTIONS: dict[str, Any] = {
     "initial_window_size": 8 << 20,
     "connection_window": 32 << 20,
     "max_frame_size": 1 << 20,
-    "max_header_list_size": 16 << 10,
+    "max_header_list_size": MAX_HEADER_LIST,
     "max_send_buf_size": 4 << 20,
     "max_concurrent_streams": 10_000,  # past that a client's own library queues
     "auto_date_header": False,

@@ -66,9 +66,7 @@ class Messages:
         if compressed == 0:
             return data
         if compressed != 1:
-            raise BodyError(
-                grpc.StatusCode.INVALID_ARGUMENT, f"a message begins with the byte {compressed}, not 0 or 1"
-            )
+            raise BodyError(grpc.StatusCode.INVALID_ARGUMENT, f"a message's first byte is {compressed}, not 0 or 1")
         return self._unpacked(data)
 
     async def only(self) -> bytes:

@@ -68,10 +68,10 @@ class Server:
 
     async def stop(self, grace: float | None) -> None:
         """No new connections or calls; the calls at work have ``grace`` seconds (None: none)."""
-        for listening in self._listening:
-            listening.close()
         for bound in self._sockets:
             _remove_path(bound)
+        for listening in self._listening:
+            listening.close()
         for connection in list(self._connections):
             connection.shut()
         if self._connections:
