@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NoReturn
 
 import grpc
@@ -153,7 +154,7 @@ class Call:
         try:
             if head.method != "POST" or not (kind == _GRPC or kind.startswith((_GRPC + b"+", _GRPC + b";"))):
                 raise BodyError(grpc.StatusCode.UNKNOWN, "this port speaks gRPC: POST, content-type application/grpc")
-            if sum(len(name) + len(value) + 32 for name, value in fields) > MAX_HEADER_LIST:
+            if sum(map(len, chain.from_iterable(fields))) + 32 * len(fields) > MAX_HEADER_LIST:
                 message = f"the call's metadata has more than {MAX_HEADER_LIST} bytes"
                 raise BodyError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
             encoding = named.get(b"grpc-encoding", IDENTITY)

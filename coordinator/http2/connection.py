@@ -97,16 +97,14 @@ class Stream:
         """Waits while the client has no room for it. Raises Gone."""
         offset = 0
         while True:
-            verdict = self._connection.acted(self._connection.state.send_data(self.id, data, offset, False))
-            if verdict.done:
+            offset, done = self._connection.sent(self.id, data, offset)
+            if done:
                 return
-            offset += verdict.sent
-            if not verdict.sent:
-                self._writer = asyncio.get_running_loop().create_future()
-                self._connection.flush()  # which may make room
-                await self._writer
-                if self.gone:
-                    raise Gone
+            self._writer = asyncio.get_running_loop().create_future()
+            self._connection.flush()  # which may make room
+            await self._writer
+            if self.gone:
+                raise Gone
 
     def end(self, trailers: Any) -> None:
         """Raises Gone."""
@@ -298,10 +296,20 @@ class Connection(asyncio.Protocol):
         """Checks and passes on what the state made of something sent. Raises Gone."""
         if verdict.stopped is not None:
             raise Gone
-        self._after(verdict.flags)
+        if verdict.flags & ~h2.H2_FLAG_WAKE:  # whoever sends flushes
+            self._after(verdict.flags)
         if verdict.handle is not None:  # the answer is complete, and the rest of the request was refused
             verdict.handle.arrived(None, False, True)
         return verdict
+
+    def sent(self, stream: int, data: bytes, offset: int) -> tuple[int, bool]:
+        """Sends of ``data[offset:]`` what there is room for: where it stopped, and whether that is the end."""
+        send = self.state.send_data
+        while True:
+            verdict = self.acted(send(stream, data, offset, False))
+            offset += verdict.sent
+            if verdict.done or not verdict.sent:
+                return offset, verdict.done
 
     def consumed(self, stream: int, size: int, budgeted: bool) -> None:
         """Makes room for as much as the servicer has taken."""
