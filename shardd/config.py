@@ -43,6 +43,9 @@ class Config:
     advertise: str = ""
     interface: str = ""
     threads: int = 0
+    cpus: str | tuple[int, ...] = "auto"
+    local_rank: int = 0
+    local_ranks: int = 0
     drain_seconds: float = 30.0
     fence_seconds: float = 10.0
     stuck_seconds: float = 60.0
@@ -119,6 +122,26 @@ def _device(text: str) -> str:
     raise ValueError("must be auto, cpu, cuda or cuda:N")
 
 
+def parse_cpus(text: str) -> list[int]:
+    """The CPUs of a list such as ``0-7,16-23``, in order and each once. Raises ``ValueError``."""
+    cpus: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        numbers = (first, last if dash else first)
+        if not all(number.isascii() and number.isdigit() and len(number) < 6 for number in numbers):
+            raise ValueError("must be auto, none, or CPU numbers and ranges of them, such as 0-7,16-23")
+        cpus.update(range(int(numbers[0]), int(numbers[1]) + 1))
+    return sorted(cpus)
+
+
+def _cpu_list(text: str) -> str | tuple[int, ...]:
+    if text in ("auto", "none"):
+        return text
+    if not (cpus := parse_cpus(text)):
+        raise ValueError("names no CPU")
+    return tuple(cpus)
+
+
 def _directory(text: str) -> Path:
     path = Path(text)
     if not path.is_dir():
@@ -169,6 +192,15 @@ OPTIONS = (
     Option("advertise", _host, "HOST", "address at which the other ranks reach this one"),
     Option("interface", _host, "IFACE", "network interface for the traffic between ranks"),
     Option("threads", _whole(), "N", "CPU threads for computing; 0: this rank's share of the cores [0]"),
+    Option(
+        "cpus",
+        _cpu_list,
+        "LIST",
+        "CPUs that the computing threads keep to, such as 0-7,16-23; auto: cores of this rank's own, if this host has "
+        "one for every thread of every rank and one more; none: wherever the process may run [auto]",
+    ),
+    Option("local_rank", _whole(), "N", "this daemon's number, from 0, among those of its host [0]"),
+    Option("local_ranks", _whole(), "N", "number of daemons on this host, for --cpus auto; 0: not known [0]"),
     Option("drain_seconds", _seconds, "S", "on SIGTERM, how long running work may take to finish [30]"),
     Option("fence_seconds", _seconds, "S", "exit (code 70) if an aborted forward has not let go by then [10]"),
     Option("stuck_seconds", _seconds, "S", "a forward without progress for so long counts as stuck [60]"),
@@ -249,6 +281,8 @@ def _check(config: Config) -> None:
         raise ConfigError("--tls-cert and --tls-key go together")
     if config.tls_client_ca is not None and config.tls_cert is None:
         raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+    if config.local_ranks and config.local_rank >= config.local_ranks:
+        raise ConfigError(f"--local-rank: {config.local_rank} must be less than --local-ranks {config.local_ranks}")
     if config.model_root is None and not config.allow_factory:
         raise ConfigError("--model-root is required (or --allow-factory): nothing could be loaded")
     if config.metrics_listen is not None and config.metrics_listen.is_unix:

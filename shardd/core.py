@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from shardd.config import Config
-from shardd.devices import choose_device
+from shardd.cpus import listed, place
+from shardd.devices import Device, choose_device
 from shardd.engine import Engine
 from shardd.loading import Loader
 from shardd.logging import Logger
@@ -36,10 +37,11 @@ class Built:
 
 
 def build(config: Config, board: Board, rendezvous: Rendezvous, metrics: Metrics, log: Logger) -> Built:
-    """Choose the device, serve the store, start the executor. Raises :class:`~shardd.devices.DeviceError`."""
+    """Choose the device, serve the store, start the executor. Raises :class:`~shardd.errors.StartError`."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config)
+    cpus = _pin(config, device, log)
     store = serve_store(rendezvous.listener)
     group = Group(config.rank, config.world_size)
     progress = Progress(lambda: group.stats.seconds, lambda: group.stats.begun)
@@ -52,6 +54,7 @@ def build(config: Config, board: Board, rendezvous: Rendezvous, metrics: Metrics
         progress=progress,
         metrics=metrics,
         log=log,
+        cpus=cpus,
         intact=lambda: device.works() and board.models.intact(),
     )
     membership = Membership(
@@ -84,3 +87,19 @@ def build(config: Config, board: Board, rendezvous: Rendezvous, metrics: Metrics
         store,
         lambda: loader.prepare(reader.warm),
     )
+
+
+def _pin(config: Config, device: Device, log: Logger) -> tuple[int, ...]:
+    """The CPUs of what computes; none: those of the process."""
+    found = place(
+        config.cpus,
+        on_cpu=device.torch.type == "cpu",
+        local_rank=config.local_rank,
+        local_ranks=config.local_ranks,
+        threads=torch.get_num_threads(),
+    )
+    if found.cpus and not config.threads and torch.get_num_threads() > len(found.cpus):
+        torch.set_num_threads(len(found.cpus))
+    pinned = listed(found.cpus) if found.cpus else "none"
+    log.info("cpus", pinned=pinned, why=found.why, threads=torch.get_num_threads())
+    return found.cpus

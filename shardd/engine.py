@@ -12,7 +12,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from queue import SimpleQueue
 
@@ -51,6 +51,7 @@ class Engine:
         progress: Progress,
         metrics: Metrics,
         log: Logger,
+        cpus: Collection[int] = (),
         intact: Callable[[], bool] = lambda: True,
     ) -> None:
         self._rank = rank
@@ -62,6 +63,7 @@ class Engine:
         self._metrics = metrics
         self._log = log
         self._reports = Reports(metrics, log)
+        self._cpus = cpus
         self._intact = intact
         self._inbox: SimpleQueue[tuple[Session, Channel] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
@@ -81,6 +83,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            if self._cpus:
+                os.sched_setaffinity(0, self._cpus)  # of this thread, and of those that it starts to compute with
             with torch.inference_mode():
                 while (item := self._inbox.get()) is not None:
                     self._serve(*item)

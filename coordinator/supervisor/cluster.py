@@ -72,6 +72,7 @@ def daemons(node: Node, directory: Path) -> list[ChildSpec]:
         rank = node.rank_offset + local
         health = f"unix:{directory}/rank{rank}.health"
         argv = ["--rank", str(rank), "--world-size", str(world), *threads]
+        argv += ["--local-rank", str(local), "--local-ranks", str(node.ranks)]
         argv += ["--listen", daemon_address(node, directory, local), "--health-listen", health]
         argv += ["--device", "cuda" if pins else "cpu", "--drain-seconds", f"{node.drain_seconds:g}"]
         argv += ["--metrics-listen", _port_after(node.metrics_listen, local)] if node.metrics_listen else []

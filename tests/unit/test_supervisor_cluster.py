@@ -35,6 +35,7 @@ def test_daemons_on_the_cpu_share_the_cores(gpus, monkeypatch, tmp_path):
     assert [spec.name for spec in specs] == ["rank 0", "rank 1"]
     argv = specs[1].argv()
     assert (flag(argv, "--rank"), flag(argv, "--world-size"), flag(argv, "--threads")) == ("1", "2", "2")
+    assert (flag(argv, "--local-rank"), flag(argv, "--local-ranks")) == ("1", "2")
     assert flag(argv, "--device") == "cpu"
     assert flag(argv, "--listen") == f"unix:{tmp_path}/rank1.sock"
     assert specs[1].health == flag(argv, "--health-listen")
