@@ -82,6 +82,11 @@ class Queue:
 
     def submit(self, ticket: Ticket) -> None:
         """Raises ResourceExhausted when too many wait. The ticket's future is answered sooner or later."""
+        idle = not self.depth and not self._pipeline.running() and self._pipeline.free() > 0
+        if idle and not self._late(ticket):
+            ticket.left = True  # nothing to wait for, nor to be joined with
+            self._pipeline.dispatch([ticket])
+            return
         batches = self._batches + self._change(ticket, 1)
         if not self._admission.admits(self.depth + 1, batches, self._pipeline.running(), self._loop.time()):
             if self._admission.excessive(batches):
@@ -146,11 +151,14 @@ class Queue:
 
     def _live(self, ticket: Ticket) -> bool:
         """Drops a ticket whose deadline has passed."""
-        deadline = ticket.request.deadline
-        if ticket.waiting and deadline is not None and self._loop.time() >= deadline:
+        if ticket.waiting and self._late(ticket):
             ticket.future.set_exception(DeadlineExceeded("the deadline passed while the request was queued"))
             self._remove(ticket)
         return ticket.waiting
+
+    def _late(self, ticket: Ticket) -> bool:
+        deadline = ticket.request.deadline
+        return deadline is not None and self._loop.time() >= deadline
 
     def _may_grow(self, head: Ticket) -> bool:
         """Whether the batch of ``head`` should wait for more; arms the timer that ends the wait."""

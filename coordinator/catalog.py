@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from coordinator.config import Config
 from coordinator.errors import FailedPrecondition, NotFound, Unavailable
-from coordinator.types import ModelStatistics
+from coordinator.types import Accepted, Form, ModelStatistics
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import shard_pb2
 
@@ -51,6 +51,8 @@ class ModelVersion:
     """It has been shown that its rows do not depend on each other: requests may share a forward."""
     join_tried: bool = False
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
+    accepted: dict[Form, Accepted] = field(default_factory=dict)
+    """Forms of requests that ``info`` is known to allow."""
 
     @property
     def label(self) -> str:
@@ -74,6 +76,7 @@ class ModelVersion:
         info.batching.max_delay_microseconds = batching.max_delay_microseconds or round(config.batch_delay * 1e6)
         info.batching.max_batch_size = batching.max_batch_size
         self.info = info
+        self.accepted.clear()
 
 
 def held(status: shard_pb2.StatusResponse, name: str, version: str) -> shard_pb2.LoadedModel | None:

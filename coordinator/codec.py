@@ -15,6 +15,7 @@ from protos.tensor_parallel.v1 import tensor_pb2
 
 TENSOR_DATA = 4  # Tensor.data
 _REQUEST: wire.Path = {pb.ForwardRequest.INPUTS_FIELD_NUMBER: {TENSOR_DATA: wire.ONE}}
+_DTYPES: dict[int, DataType] = {int(dtype): dtype for dtype in DataType}
 _RESPONSE_OUTPUTS = pb.ForwardResponse.OUTPUTS_FIELD_NUMBER
 _STREAM_REQUEST: wire.Path = {
     pb.ForwardStreamRequest.BEGIN_FIELD_NUMBER: _REQUEST,
@@ -66,12 +67,11 @@ def region_of(ref: tensor_pb2.SharedMemoryRef) -> RegionRef:
 
 def tensor_of(tensor: tensor_pb2.Tensor, data: memoryview | None) -> TensorValue:
     """``data`` is what was lifted out of ``tensor``. Raises InvalidArgument for a dtype or shape that is none."""
-    try:
-        dtype = DataType(tensor.dtype)
-    except ValueError:
-        raise InvalidArgument(f"tensor {tensor.name!r} has no known dtype ({tensor.dtype})") from None
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise InvalidArgument(f"tensor {tensor.name!r} has no known dtype ({tensor.dtype})")
     shape = tuple(tensor.shape)
-    if any(size < 0 for size in shape):
+    if shape and min(shape) < 0:
         raise InvalidArgument(f"tensor {tensor.name!r} has a negative size in its shape {list(shape)}")
     if tensor.HasField("shared_memory"):
         return TensorValue(tensor.name, dtype, shape, None, region_of(tensor.shared_memory))

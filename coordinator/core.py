@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
 import grpc
@@ -127,11 +127,15 @@ class Core:
 
     # ---- work
 
-    async def forward(self, request: InferRequest) -> InferResult:
+    def forward(self, request: InferRequest) -> Awaitable[InferResult]:
         """Raises ServiceError. Cancelling the caller drops the request unless it has been dispatched."""
         shared = [value.region for value in request.inputs if value.region is not None]
-        if not shared and not request.output_regions:
-            return await self._forwarder.run(request)
+        if shared or request.output_regions:
+            return self._forward_shared(request, shared)
+        return self._forwarder.run(request)
+
+    async def _forward_shared(self, request: InferRequest, shared: list[RegionRef]) -> InferResult:
+        """Inputs are taken from, or outputs put into, memory that the client shares."""
         self._forwarder.queue.check()
         inward = sum(region.byte_size for region in shared)
         generation = self._fleet.generation

@@ -11,17 +11,15 @@ from coordinator.admission import Admission
 from coordinator.assemble import assemble, split
 from coordinator.batching import Queue, Ticket, join_key
 from coordinator.catalog import Catalog, ModelVersion
-from coordinator.commands import BatchInput, Execute, Executed
+from coordinator.commands import BatchInput, Execute
 from coordinator.config import Config
 from coordinator.errors import ServiceError, describe
 from coordinator.fleet import Fleet
-from coordinator.generation import Ending
+from coordinator.generation import Answers, Ending
 from coordinator.metrics import Metrics
 from coordinator.types import InferRequest, InferResult, TensorValue
 from coordinator.validation import check
 from coordinator.wire import flat
-
-Answers = list[Executed | None]
 
 
 class Forwarder:
@@ -48,18 +46,19 @@ class Forwarder:
         number = self._fleet.ready().number
         entry = self._catalog.ready(request.model, request.version, number)
         started = self._loop.time()
-        rows = check(request, entry)
+        rows = check(request, entry).rows
         key = join_key(request, entry) if rows and entry.joinable else None
         ticket = Ticket(request, entry, rows, key, self._loop.create_future(), started)
         calm = not self.queue.depth
         self._enter(entry)
-        ticket.future.add_done_callback(lambda _: self._exit(entry))
         try:
             self.queue.submit(ticket)
             result = await ticket.future
         except BaseException:
             ticket.future.cancel()
             raise
+        finally:
+            self._exit(entry)
         now = self._loop.time()
         result.timings.total = now - started
         if calm:
@@ -100,33 +99,34 @@ class Forwarder:
         if generation is None:
             _answer_all(batch, self._fleet.unavailable())
             return
-        entry = batch[0].entry
-        self._metrics.dispatched(entry.name, sum(t.rows for t in batch), [t.timings.queue for t in batch])
         self.commands += 1
-        sent = self._loop.time()
-        future = generation.dispatch(_command(batch))
-        future.add_done_callback(functools.partial(self._done, batch, sent))
+        generation.send(_command(batch), functools.partial(self._done, batch, self._loop.time()))
 
-    def _done(self, batch: list[Ticket], sent: float, future: asyncio.Future[Answers]) -> None:
+    def _done(self, batch: list[Ticket], sent: float, answers: Answers | None, error: ServiceError | None) -> None:
         self.commands -= 1
         now = self._loop.time()
         seconds = now - sent
         turn, self._last_done = now - max(sent, self._last_done), now
-        self._metrics.answered(batch[0].entry.name, seconds)
-        error = future.exception()
-        if error is None:
+        if answers is not None:
             self._admission.took(turn)
-            self._deliver(batch, future.result(), seconds)
-        elif len(batch) > 1 and isinstance(error, ServiceError) and self._fleet.generation is not None:
+            self._deliver(batch, answers, seconds)
+        elif len(batch) > 1 and self._fleet.generation is not None:
             # All ranks raised it alike. One request may be at fault, or their sum: each runs again by itself, so that
             # it costs the others nothing.
             for ticket in batch:
                 if not ticket.future.done():
                     self.dispatch([ticket])
         else:
+            assert error is not None
             _answer_all(batch, error)
             _count_failed(batch)
         self.queue.pump()
+        self._loop.call_soon(self._measured, batch, seconds)  # behind the answers
+
+    def _measured(self, batch: list[Ticket], seconds: float) -> None:
+        name = batch[0].entry.name
+        self._metrics.dispatched(name, sum(t.rows for t in batch), [t.timings.queue for t in batch])
+        self._metrics.answered(name, seconds)
 
     def _deliver(self, batch: list[Ticket], answers: Answers, seconds: float) -> None:
         entry = batch[0].entry
@@ -136,22 +136,17 @@ class Forwarder:
             _answer_all(batch, describe(error, batch[0].request.request_id))
             _count_failed(batch)
             return
-        executed = [answer for answer in answers if answer is not None]
-        ranks = [(answer.forward, answer.collective, answer.copy) for answer in executed]
-        forward = max(answer.forward for answer in executed)
-        copy = max(answer.copy for answer in executed)
-        _count(entry, batch, seconds, forward, copy)
+        ranks = [(answer.forward, answer.collective, answer.copy) for answer in answers if answer is not None]
+        forward, collective, copy = (max(column) for column in zip(*ranks, strict=True))
+        rows = sum([ticket.rows for ticket in batch])
         for ticket, values in zip(batch, outputs, strict=True):
             if ticket.future.done():
                 continue
             timings = ticket.timings
-            timings.dispatch = seconds
-            timings.forward = forward
-            timings.collective = max(answer.collective for answer in executed)
-            timings.copy = copy
-            timings.rows = sum(t.rows for t in batch)
-            timings.ranks = ranks
+            timings.dispatch, timings.rows, timings.ranks = seconds, rows, ranks
+            timings.forward, timings.collective, timings.copy = forward, collective, copy
             ticket.future.set_result(InferResult(entry.name, entry.version, values, timings, ticket.request.request_id))
+        self._loop.call_soon(_count, entry, batch, seconds, forward, copy)  # behind the answers
 
 
 def _command(batch: Sequence[Ticket]) -> Execute:

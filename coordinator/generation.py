@@ -9,12 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from coordinator.channels import CommandChannel, Dispatch
 from coordinator.commands import Answer, Command, Execute, Executed, Failed, describe
 from coordinator.errors import ServiceError, Unavailable, from_code
 from coordinator.local_channel import LocalMemory
 from coordinator.logging import get_logger
+
+Answers = list[Executed | None]
+Done = Callable[[Answers | None, ServiceError | None], None]
+"""Called once, with the answers by rank or with what went wrong."""
 
 RETRY_MS = 250
 # After a symptom (a collective failed, a rank gave up) its cause (a rank is gone) usually shows within milliseconds.
@@ -36,8 +41,9 @@ class Ending:
 class _Pending:
     command: Command
     sent: float
-    future: asyncio.Future[list[Executed | None]]
+    done: Done
     answers: dict[int, Answer] = field(default_factory=dict)
+    failed: bool = False
 
 
 class Generation:
@@ -83,31 +89,32 @@ class Generation:
             return self._loop.time() - since, describe(pending.command), missing
         return None
 
-    def dispatch(self, command: Command) -> asyncio.Future[list[Executed | None]]:
-        """Sends ``command`` to every rank, after all before it; the future gives their answers by rank.
+    def dispatch(self, command: Command) -> asyncio.Future[Answers]:
+        """As ``send``, with a future of the answers."""
+        future: asyncio.Future[Answers] = self._loop.create_future()
+        self.send(command, partial(_settle, future))
+        return future
 
-        The future fails with ServiceError: the request's own error where all ranks raised it alike, UNAVAILABLE when
-        the generation ended.
+    def send(self, command: Command, done: Done) -> None:
+        """Sends ``command`` to every rank, after all before it. ``done`` gets their answers by rank as soon as the last
+        of them is there; or the request's own error where all ranks raised it alike, or UNAVAILABLE when the generation
+        has ended.
         """
-        future: asyncio.Future[list[Executed | None]] = self._loop.create_future()
-        if self.ended.done():
-            future.set_exception(self._unavailable(self.ended.result()))
-            return future
-        if self._leaving is not None:
-            future.set_exception(self._unavailable(self._leaving))
-            return future
+        ending = self.ended.result() if self.ended.done() else self._leaving
+        if ending is not None:
+            done(None, self._unavailable(ending))
+            return
         dispatch = Dispatch(self.number, self._seq, command)
         try:
             if self._memory is not None and isinstance(command, Execute):
                 dispatch.placed, dispatch.lease = self._memory.place(self.number, self._seq, command)
         except ServiceError as error:
-            future.set_exception(error)
-            return future
+            self._loop.call_soon(done, None, error)
+            return
         self._seq += 1
-        self._pending[dispatch.seq] = _Pending(command, self._loop.time(), future)
+        self._pending[dispatch.seq] = _Pending(command, self._loop.time(), done)
         for channel in self._channels:
             channel.send(dispatch)
-        return future
 
     def leave(self, ending: Ending) -> None:
         """Ends in good order: takes no more commands, and ends once those in flight are answered. Idempotent."""
@@ -138,7 +145,7 @@ class Generation:
         pending, self._pending = self._pending, {}
         for seq, entry in pending.items():
             own = culprit[1] if culprit is not None and culprit[0] == seq else self._unavailable(ending)
-            _fail(entry.future, own)
+            entry.done(None, own)
         self.close()
 
     def close(self) -> None:
@@ -161,6 +168,7 @@ class Generation:
             return
         pending.answers[rank] = answer
         if isinstance(answer, Failed):
+            pending.failed = True
             if answer.collective:
                 self.suspect(Ending("collective", f"rank {rank}: {answer.message}", rank))
                 return
@@ -184,7 +192,7 @@ class Generation:
     # ---- matching
 
     def _finish(self, seq: int, pending: _Pending) -> None:
-        failures = {rank: answer for rank, answer in pending.answers.items() if isinstance(answer, Failed)}
+        failures = _failures(pending) if pending.failed else {}
         if failures and not self._alike(failures):
             self._end_uneven(seq, failures)
             return
@@ -192,10 +200,10 @@ class Generation:
         self.last_completed = self._loop.time()
         if failures:
             first = failures[min(failures)]
-            _fail(pending.future, from_code(first.code, first.message))
-        elif not pending.future.done():
+            pending.done(None, from_code(first.code, first.message))
+        else:
             answers = [pending.answers[rank] for rank in range(self._world_size)]
-            pending.future.set_result([answer if isinstance(answer, Executed) else None for answer in answers])
+            pending.done([answer if isinstance(answer, Executed) else None for answer in answers], None)
         self._end_if_left()
 
     def _alike(self, failures: dict[int, Failed]) -> bool:
@@ -204,8 +212,7 @@ class Generation:
     def _check_uneven(self, seq: int) -> None:
         pending = self._pending.get(seq)
         if pending is not None and not self.ended.done():
-            failures = {rank: answer for rank, answer in pending.answers.items() if isinstance(answer, Failed)}
-            self._end_uneven(seq, failures)
+            self._end_uneven(seq, _failures(pending))
 
     def _failed_alone(self) -> tuple[tuple[int, ServiceError], Ending] | None:
         """The first command in flight that some rank failed by itself, with its own error, and what to say of it."""
@@ -230,7 +237,16 @@ class Generation:
         return Unavailable(message, retry_after_ms=RETRY_MS)
 
 
-def _fail(future: asyncio.Future[list[Executed | None]], error: ServiceError) -> None:
-    if not future.done():
+def _failures(pending: _Pending) -> dict[int, Failed]:
+    return {rank: answer for rank, answer in pending.answers.items() if isinstance(answer, Failed)}
+
+
+def _settle(future: asyncio.Future[Answers], answers: Answers | None, error: ServiceError | None) -> None:
+    if future.done():
+        return
+    if answers is not None:
+        future.set_result(answers)
+    else:
+        assert error is not None
         future.set_exception(error)
         future.exception()  # whoever waited may have gone; that is no error of ours

@@ -17,6 +17,7 @@ import os
 import socket
 import uuid
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -35,7 +36,7 @@ MAX_ATTACHED = 16
 ATTACHED = 0xFFFFFFFF
 INLINE = 8 << 10  # bytes of inputs or outputs that travel in the message
 OPEN_SECONDS = 5.0
-REMEMBERED = 4096  # input shapes whose outputs' size is known
+REMEMBERED = 4096  # forms of commands
 _F_GET_SEALS, _SEAL_SHRINK = 1034, 2
 _EXECUTE = pb.ChannelRequest.EXECUTE_FIELD_NUMBER
 _INPUTS = pb.ExecuteModel.INPUTS_FIELD_NUMBER
@@ -58,31 +59,47 @@ class LocalMemory:
 
     def __init__(self, world_size: int, *, reclaim: bool) -> None:
         self.arena = Arena(world_size, reclaim=reclaim)
-        self._needed: dict[tuple[object, ...], int] = {}
+        self._forms: dict[tuple[object, ...], _Form] = {}
 
     def place(self, generation: int, seq: int, command: Execute) -> tuple[bytes, Lease]:
         """Copies the inputs to where the ranks read them. Raises ServiceError."""
         lease = Lease(self.arena)
-        message = command.message()
-        inline = command.byte_size <= INLINE
-        pieces: list[Buffer] = []
-        for entry in command.inputs:
-            pieces += tensor_pieces(_INPUTS, entry.value, entry.segments if inline else ())
-            if not inline:
+        form = self._form(command)
+        message = pb.ExecuteModel(request_ids=command.request_ids, trace_context=command.trace_context)
+        pieces: list[Buffer] = [form.head]
+        for entry, head in zip(command.inputs, form.inputs, strict=True):
+            pieces.append(head)
+            if form.inline:
+                pieces += entry.segments
+            else:
                 size = entry.byte_size
                 whole = lease.adopt(entry.segments[0]) if len(entry.segments) == 1 else None
                 place = whole or lease.put(entry.segments, size)
                 message.arena_inputs.add(offset=place.offset, byte_size=size, segment=place.segment.number)
-        expected = self._needed.get(_shapes(command), 0)
-        if expected > INLINE:
-            place = lease.expect(expected)
+        if form.needed > INLINE:
+            place = lease.expect(form.needed)
             message.arena_outputs.offset, message.arena_outputs.byte_size = place.offset, place.size
             message.arena_outputs.segment = place.segment.number
+        pieces.append(message.SerializeToString())
         head = pb.ChannelRequest(generation=generation, seq=seq).SerializeToString()
-        raw = b"".join((head, *nested(_EXECUTE, (message.SerializeToString(), *pieces))))
+        raw = b"".join((head, *nested(_EXECUTE, pieces)))
         if len(raw) > MAX_MESSAGE:
             raise InvalidArgument(f"a command of {len(raw)} bytes, tensors not counted, is too long")
         return raw, lease
+
+    def _form(self, command: Execute) -> _Form:
+        key = (
+            command.model,
+            command.version,
+            *command.outputs,
+            *[(entry.value.name, entry.value.dtype, entry.value.shape, entry.byte_size) for entry in command.inputs],
+        )
+        form = self._forms.get(key)
+        if form is None:
+            if len(self._forms) >= REMEMBERED:
+                self._forms.clear()
+            form = self._forms[key] = _Form.of(command)
+        return form
 
     def room(self, size: int) -> memoryview | None:
         """Where ``size`` bytes of an input can be written by whoever has them; None if they travel inline anyway."""
@@ -91,19 +108,32 @@ class LocalMemory:
     def learn(self, command: Execute, size: int) -> None:
         """Outputs of ``size`` bytes came from one rank."""
         if size > INLINE:
-            shapes = _shapes(command)
-            if len(self._needed) >= REMEMBERED:
-                self._needed.clear()
-            self._needed[shapes] = max(size, self._needed.get(shapes, 0))
+            form = self._form(command)
+            form.needed = max(size, form.needed)
 
 
-def _shapes(command: Execute) -> tuple[object, ...]:
-    return (
-        command.model,
-        command.version,
-        *command.outputs,
-        *((entry.value.name, entry.value.shape) for entry in command.inputs),
-    )
+@dataclass(slots=True)
+class _Form:
+    """What is the same in all commands for one model that differ in nothing but the bytes of their inputs."""
+
+    inline: bool
+    """The inputs' bytes travel in the message."""
+    head: bytes
+    inputs: list[bytes]
+    """All of each input but its bytes, which follow if they travel in the message."""
+    needed: int = 0
+    """Bytes of one rank's outputs, as far as is known."""
+
+    @classmethod
+    def of(cls, command: Execute) -> _Form:
+        inline = command.byte_size <= INLINE
+        fixed = pb.ExecuteModel(model=command.model, version=command.version, outputs=command.outputs)
+        inputs = []
+        for entry in command.inputs:
+            size = entry.byte_size if inline else 0
+            whole = b"".join(tensor_pieces(_INPUTS, entry.value, (bytes(size),) if size else ()))
+            inputs.append(whole[: len(whole) - size])
+        return cls(inline, fixed.SerializeToString(), inputs)
 
 
 class LocalChannel:

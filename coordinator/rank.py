@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -16,6 +17,7 @@ from protos.tensor_parallel.v1 import shard_pb2_grpc
 
 RECONNECT_AFTER = 3  # timed-out heartbeats: a connection to a host that went away stays silent for minutes
 LOST_INTERVAL = 0.05  # seconds between heartbeats to a rank that does not answer
+LEASE_SHARE = 0.25  # of a lease, after which it is renewed whatever else was heard
 
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -65,6 +67,7 @@ class Rank:
         self._timeouts = 0
         self.status: pb.StatusResponse | None = None
         self.seen = 0.0
+        self._answered_command = 0.0
         self.alive = False
         self.error = "has not answered yet"
         self.restarts = 0
@@ -110,16 +113,26 @@ class Rank:
     async def beat(self, lease: Callable[[], pb.Lease]) -> None:
         """Heartbeats for ever."""
         loop = asyncio.get_running_loop()
+        last = -math.inf
         while True:
-            started = loop.time()
-            with contextlib.suppress(grpc.RpcError):
-                await self.ask_status(lease())
-            interval = self._config.heartbeat if self.alive else min(LOST_INTERVAL, self._config.heartbeat)
-            await asyncio.sleep(max(0.0, started + interval - loop.time()))
+            if loop.time() >= self._next_beat(last):
+                last = loop.time()
+                with contextlib.suppress(grpc.RpcError):
+                    await self.ask_status(lease())
+            await asyncio.sleep(max(0.0, self._next_beat(last) - loop.time()))
+
+    def _next_beat(self, last: float) -> float:
+        """When to ask again after ``last``: an interval after the last sign of life, or when the lease calls for it.
+        A heartbeat takes the rank's processor from its work, which shows better that it lives."""
+        interval = self._config.heartbeat
+        if not self.alive:
+            return last + min(LOST_INTERVAL, interval)
+        latest = last + max(interval, LEASE_SHARE * self._config.lease)
+        return min(max(last, self._answered_command) + interval, latest)
 
     def heard(self, now: float) -> None:
         """The rank gave another sign of life at ``now``: it answered a command."""
-        self.seen = now
+        self.seen = self._answered_command = now
 
     def _answered(self, status: pb.StatusResponse, now: float) -> None:
         before = self.status

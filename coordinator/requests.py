@@ -43,10 +43,10 @@ async def run(
         raise shown from None
     finally:
         seconds = time.perf_counter() - started
-        core.metrics.request_finished(request.model, code, seconds)
-        # The line is written once the answer is on its way.
-        asyncio.get_running_loop().call_soon(_log, request.model, call.request_id, round(seconds, 6), code)
+        # Told of once the answer is on its way.
+        asyncio.get_running_loop().call_soon(_finished, core, request.model, call.request_id, seconds, code)
 
 
-def _log(model: str, request_id: str, seconds: float, status: str) -> None:
-    get_logger().info("forward", model=model, request_id=request_id, seconds=seconds, status=status)
+def _finished(core: Core, model: str, request_id: str, seconds: float, status: str) -> None:
+    core.metrics.request_finished(model, status, seconds)
+    get_logger().info("forward", model=model, request_id=request_id, seconds=round(seconds, 6), status=status)

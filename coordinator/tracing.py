@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any, Protocol
 
 from coordinator.errors import ServiceError
@@ -39,7 +39,7 @@ def carrier_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, 
 class Forwards(Protocol):
     """The part of ``Core`` that is traced."""
 
-    async def forward(self, request: InferRequest) -> InferResult: ...
+    def forward(self, request: InferRequest) -> Awaitable[InferResult]: ...
 
 
 class Tracing:
@@ -53,10 +53,11 @@ class Tracing:
             self._tracer = provider.get_tracer("coordinator")
             self._propagator = TraceContextTextMapPropagator()
 
-    async def forward(self, core: Forwards, request: InferRequest, method: str) -> InferResult:
+    def forward(self, core: Forwards, request: InferRequest, method: str) -> Awaitable[InferResult]:
         """``core.forward(request)`` under a span; ``request.trace_context`` goes in as the client's, out as ours."""
-        if self._provider is None:
-            return await core.forward(request)
+        return core.forward(request) if self._provider is None else self._traced(core, request, method)
+
+    async def _traced(self, core: Forwards, request: InferRequest, method: str) -> InferResult:
         from opentelemetry.trace import SpanKind
 
         parent = self._propagator.extract(request.trace_context)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from coordinator.dtypes import DataType
+from protos.tensor_parallel.v1.tensor_pb2 import TensorSpec
 
 Buffer = bytes | bytearray | memoryview
+Form = tuple[tuple[tuple[str, DataType, tuple[int, ...]], ...], tuple[str, ...], tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,25 @@ class InferRequest:
     priority: int = 0
     trace_context: dict[str, str] = field(default_factory=dict)
     output_regions: dict[str, RegionRef] = field(default_factory=dict)
+
+    @property
+    def form(self) -> Form:
+        """All that matters to the model but the values."""
+        inputs = tuple([(value.name, value.dtype, value.shape) for value in self.inputs])
+        return inputs, tuple(self.outputs), tuple(self.output_regions)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What is known of all requests of one form that a model takes.
+
+    ``rows``: the leading size that the inputs share, 0 where they share none. ``sizes``: of each input, in bytes.
+    ``bounded``: the inputs whose values the model limits, by index, and how.
+    """
+
+    rows: int
+    sizes: tuple[int, ...]
+    bounded: tuple[tuple[int, TensorSpec], ...]
 
 
 @dataclass(slots=True)

@@ -9,15 +9,38 @@ import numpy as np
 from coordinator.catalog import ModelVersion
 from coordinator.dtypes import DataType
 from coordinator.errors import InvalidArgument
-from coordinator.types import InferRequest, TensorValue
+from coordinator.types import Accepted, InferRequest, TensorValue
 from coordinator.wire import flat
 from protos.tensor_parallel.v1 import tensor_pb2
 
 FREE = -1
 
 
-def check(request: InferRequest, entry: ModelVersion) -> int:
-    """Returns the request's rows: the leading size its inputs share, 0 where they share none. Raises ServiceError."""
+REMEMBERED = 4096  # forms of one model's requests
+
+
+def check(request: InferRequest, entry: ModelVersion) -> Accepted:
+    """Raises ServiceError for what the model does not take."""
+    form = request.form
+    accepted = entry.accepted.get(form)
+    if accepted is None:
+        accepted = _check_form(request, entry)
+        if len(entry.accepted) >= REMEMBERED:
+            entry.accepted.clear()
+        entry.accepted[form] = accepted
+    for value, size in zip(request.inputs, accepted.sizes, strict=True):
+        given = len(flat(value.data or b""))
+        if given != size:
+            raise InvalidArgument(
+                f"input {value.name!r} has {given} bytes, but its shape {list(value.shape)} of "
+                f"{value.dtype.torch_name} takes {size}"
+            )
+    for index, spec in accepted.bounded:
+        check_bounds(request.inputs[index], spec)
+    return accepted
+
+
+def _check_form(request: InferRequest, entry: ModelVersion) -> Accepted:
     info = entry.info
     assert info is not None
     specs = {spec.name: spec for spec in info.inputs}
@@ -29,7 +52,7 @@ def check(request: InferRequest, entry: ModelVersion) -> int:
         if value.name in given:
             raise InvalidArgument(f"input {value.name!r} is given twice")
         given.add(value.name)
-        check_tensor(value, spec)
+        _check_tensor(value, spec)
     missing = [name for name, spec in specs.items() if not spec.optional and name not in given]
     if missing:
         raise InvalidArgument(f"input {missing[0]!r} of model {entry.name!r} is missing")
@@ -42,21 +65,21 @@ def check(request: InferRequest, entry: ModelVersion) -> int:
     batch = max((value.shape[0] for value in request.inputs if value.shape), default=0)
     if limit and batch > limit:
         raise InvalidArgument(f"a batch of {batch} rows is over the {limit} that model {entry.name!r} takes")
-    return rows
+    bounded = [
+        (index, specs[value.name]) for index, value in enumerate(request.inputs) if _is_bounded(specs[value.name])
+    ]
+    return Accepted(rows, tuple(value.byte_size for value in request.inputs), tuple(bounded))
 
 
-def check_tensor(value: TensorValue, spec: tensor_pb2.TensorSpec) -> None:
+def _is_bounded(spec: tensor_pb2.TensorSpec) -> bool:
+    return DataType(spec.dtype).is_integer and (spec.HasField("minimum") or spec.HasField("maximum"))
+
+
+def _check_tensor(value: TensorValue, spec: tensor_pb2.TensorSpec) -> None:
     if int(value.dtype) != int(spec.dtype):
         wanted = DataType(spec.dtype).torch_name
         raise InvalidArgument(f"input {value.name!r} is {value.dtype.torch_name}, the model takes {wanted}")
     _check_shape(value, spec.shape)
-    given = len(flat(value.data or b""))
-    if given != value.byte_size:
-        raise InvalidArgument(
-            f"input {value.name!r} has {given} bytes, but its shape {list(value.shape)} of "
-            f"{value.dtype.torch_name} takes {value.byte_size}"
-        )
-    check_bounds(value, spec)
 
 
 def _check_shape(value: TensorValue, wanted: Sequence[int]) -> None:
@@ -80,8 +103,6 @@ def _shown(wanted: Sequence[int]) -> str:
 
 def check_bounds(value: TensorValue, spec: tensor_pb2.TensorSpec) -> None:
     """Indices outside their table: the sharded lookup would turn them into silent zeros, or fail on the ranks."""
-    if not value.dtype.is_integer or not (spec.HasField("minimum") or spec.HasField("maximum")):
-        return
     elements = np.frombuffer(value.data or b"", dtype=value.dtype.storage_dtype)
     low, high = int(elements.min()), int(elements.max())
     wrong = low if spec.HasField("minimum") and low < spec.minimum else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from coordinator.logging import get_logger
 from coordinator.supervisor.child import Child, ChildSpec, describe_exit, reap_orphans
 from coordinator.supervisor.lifeline import Guardian, become_subreaper
-from coordinator.supervisor.probe import Answer, Probe, busy
+from coordinator.supervisor.probe import Answer, Probe, busy, stopped
 from coordinator.supervisor.spare import Spare
 
 USAGE_ERROR = 2
@@ -28,9 +29,11 @@ class StartError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds. A silent child that is stopped or idle is killed after two unanswered heartbeats, about 1.7 s."""
+    """Seconds. A silent child is killed after two unanswered heartbeats if it is stopped or idle: about 1.7 s after it
+    was stopped, and up to 0.75 s later if it hangs otherwise."""
 
     heartbeat: float = 0.25
+    calm: float = 1.0  # between heartbeats of one that is ready: each takes a processor from its work
     answer: float = 0.7
     silent_answers: int = 2
     busy: float = 15.0  # how long one may be silent while it runs
@@ -174,10 +177,14 @@ class Supervisor:
         """Heartbeats until the child is silent for too long, and then kills it; it is replaced as any dead one is."""
         timing, pid = self._timing, child.pid
         assert pid is not None
-        silent, silent_since = 0, 0.0
+        silent, silent_since, asked = 0, 0.0, -math.inf
         loop = asyncio.get_running_loop()
         async with Probe(child.spec.health, child.spec.liveness, child.spec.readiness) as probe:
             while True:
+                if child.ready and not silent and loop.time() < asked + timing.calm and not stopped(pid):
+                    await asyncio.sleep(timing.heartbeat)
+                    continue
+                asked = loop.time()
                 answer = await probe.ask(timing.answer, readiness=not child.ready)
                 if answer is not Answer.SILENT:
                     silent = 0

@@ -75,6 +75,11 @@ def busy(pid: int) -> bool:
         return False
 
 
+def stopped(pid: int) -> bool:
+    """Whether somebody has stopped the process, as with SIGSTOP. Costs it nothing."""
+    return _state(Path(f"/proc/{pid}")) == "T"
+
+
 def _state(thread: Path) -> str:
     try:
         # "pid (name) state ...", where the name may hold spaces and parentheses

@@ -37,9 +37,9 @@ def mask(rows=2):
 
 
 def test_a_right_request_is_told_its_rows():
-    assert check(InferRequest("m", [ids(5)]), entry()) == 5
-    assert check(InferRequest("m", [ids(5), mask(5)], outputs=["y"]), entry()) == 5
-    assert check(InferRequest("m", [ids(5), mask(1)]), entry()) == 0  # it broadcasts: nothing to join by
+    assert check(InferRequest("m", [ids(5)]), entry()).rows == 5
+    assert check(InferRequest("m", [ids(5), mask(5)], outputs=["y"]), entry()).rows == 5
+    assert check(InferRequest("m", [ids(5), mask(1)]), entry()).rows == 0  # it broadcasts: nothing to join by
 
 
 @pytest.mark.parametrize(

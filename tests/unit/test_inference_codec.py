@@ -163,3 +163,67 @@ def test_streamed_answers_and_failures():
     assert (answer.error_message, answer.infer_response.id) == ("rank 1 was lost", "8")
     assert answer.infer_response.parameters["status"].string_param == "UNAVAILABLE"
     assert answer.infer_response.parameters["retry_after_ms"].int64_param == 500
+
+
+def read(data):
+    decoded = inference_codec.decode(data)
+    got = decoded.request
+    inputs = [(value.name, value.dtype, value.shape, bytes(value.data)) for value in got.inputs]
+    return got.model, got.version, got.outputs, got.priority, decoded.id, decoded.timeout, inputs
+
+
+def ask(data, *, model="known", name="x", version="", outputs=(), id="", **parameters):
+    message = service_pb2.ModelInferRequest(model_name=model, model_version=version, id=id)
+    message.inputs.add(name=name, datatype="UINT8", shape=[len(data)])
+    message.raw_input_contents.append(data)
+    for output in outputs:
+        message.outputs.add(name=output)
+    for key, value in parameters.items():
+        message.parameters[key].int64_param = value
+    return message.SerializeToString()
+
+
+def test_a_request_like_an_earlier_one_is_read_as_one_that_is_not():
+    kinds = [
+        {},
+        {"model": "other"},
+        {"name": "y"},
+        {"version": "2"},
+        {"outputs": ["z"]},
+        {"priority": 7},
+        {"timeout": 5_000_000},
+        {"id": "i"},
+    ]
+    for size in (1, 300, 20_000):  # of one byte, of two, and past protobuf's own copy
+        for round in range(3):
+            for kind in kinds:
+                value = np.random.default_rng(round).bytes(size)
+                wanted = {"model": "known", "name": "x", "version": "", "outputs": [], "id": ""} | kind
+                timeout = kind["timeout"] / 1e6 if "timeout" in kind else None
+                inputs = [(wanted["name"], DataType.UINT8, (size,), value)]
+                assert read(ask(value, **kind)) == (
+                    *(wanted["model"], wanted["version"], wanted["outputs"], kind.get("priority", 0)),
+                    *(wanted["id"], timeout, inputs),
+                )
+
+
+def test_what_an_earlier_request_became_does_not_show_in_a_later_one():
+    data = ask(b"abcd", outputs=["z"])
+    for _ in range(2):
+        decoded = inference_codec.decode(data)
+        decoded.request.outputs.append("more")
+        decoded.request.request_id = "mine"
+        decoded.request.inputs[0].shape = (2, 2)
+    assert read(data) == ("known", "", ["z"], 0, "", None, [("x", DataType.UINT8, (4,), b"abcd")])
+    assert not inference_codec.decode(data).request.request_id
+
+
+@pytest.mark.parametrize("value", [b"ab", b"\x3a\x02", bytes(range(40))])
+def test_bytes_of_an_input_that_are_not_the_last_of_a_message_are_found_all_the_same(value):
+    for last in (b"cd", b"ef"):
+        for tail in (b"\x3a" + bytes([len(value)]) + value, last):
+            later = ask(value) + b"\xfa\x07" + bytes([len(tail)]) + tail  # a field that nobody knows
+            assert read(later)[-1] == [("x", DataType.UINT8, (len(value),), value)]
+        outputs_last = ask(value) + service_pb2.ModelInferRequest(outputs=[{"name": last.decode()}]).SerializeToString()
+        assert read(outputs_last)[2] == [last.decode()]
+        assert read(outputs_last)[-1] == [("x", DataType.UINT8, (len(value),), value)]
