@@ -28,7 +28,7 @@ from coordinator.codec import tensor_pieces
 from coordinator.commands import Execute, Executed, control_message, executed, failed
 from coordinator.errors import InvalidArgument
 from coordinator.types import Buffer
-from coordinator.wire import nested
+from coordinator.wire import nested, number, payload
 from protos.tensor_parallel.v1 import shard_pb2 as pb
 
 MAX_MESSAGE = 128 << 10
@@ -38,7 +38,10 @@ INLINE = 8 << 10  # bytes of inputs or outputs that travel in the message
 OPEN_SECONDS = 5.0
 REMEMBERED = 4096  # forms of commands
 _F_GET_SEALS, _SEAL_SHRINK = 1034, 2
+_GENERATION = pb.ChannelRequest.GENERATION_FIELD_NUMBER
+_SEQ = pb.ChannelRequest.SEQ_FIELD_NUMBER
 _EXECUTE = pb.ChannelRequest.EXECUTE_FIELD_NUMBER
+_REQUEST_IDS = pb.ExecuteModel.REQUEST_IDS_FIELD_NUMBER
 _INPUTS = pb.ExecuteModel.INPUTS_FIELD_NUMBER
 _ANCILLARY = socket.CMSG_SPACE(MAX_ATTACHED * array.array("i").itemsize)
 
@@ -65,27 +68,33 @@ class LocalMemory:
         """Copies the inputs to where the ranks read them. Raises ServiceError."""
         lease = Lease(self.arena)
         form = self._form(command)
-        message = pb.ExecuteModel(request_ids=command.request_ids, trace_context=command.trace_context)
         pieces: list[Buffer] = [form.head]
+        for id in command.request_ids:
+            pieces += payload(_REQUEST_IDS, id.encode())
         for entry, head in zip(command.inputs, form.inputs, strict=True):
             pieces.append(head)
             if form.inline:
                 pieces += entry.segments
-            else:
-                size = entry.byte_size
-                whole = lease.adopt(entry.segments[0]) if len(entry.segments) == 1 else None
-                place = whole or lease.put(entry.segments, size)
-                message.arena_inputs.add(offset=place.offset, byte_size=size, segment=place.segment.number)
+        if not form.inline or form.needed > INLINE or command.trace_context:
+            pieces.append(self._places(command, form, lease).SerializeToString())
+        raw = b"".join((number(_GENERATION, generation), number(_SEQ, seq), *nested(_EXECUTE, pieces)))
+        if len(raw) > MAX_MESSAGE:
+            raise InvalidArgument(f"a command of {len(raw)} bytes, tensors not counted, is too long")
+        return raw, lease
+
+    def _places(self, command: Execute, form: _Form, lease: Lease) -> pb.ExecuteModel:
+        """What of a command is not the same in all of its form, and not in all of them."""
+        message = pb.ExecuteModel(trace_context=command.trace_context)
+        for entry in () if form.inline else command.inputs:
+            size = entry.byte_size
+            whole = lease.adopt(entry.segments[0]) if len(entry.segments) == 1 else None
+            place = whole or lease.put(entry.segments, size)
+            message.arena_inputs.add(offset=place.offset, byte_size=size, segment=place.segment.number)
         if form.needed > INLINE:
             place = lease.expect(form.needed)
             message.arena_outputs.offset, message.arena_outputs.byte_size = place.offset, place.size
             message.arena_outputs.segment = place.segment.number
-        pieces.append(message.SerializeToString())
-        head = pb.ChannelRequest(generation=generation, seq=seq).SerializeToString()
-        raw = b"".join((head, *nested(_EXECUTE, pieces)))
-        if len(raw) > MAX_MESSAGE:
-            raise InvalidArgument(f"a command of {len(raw)} bytes, tensors not counted, is too long")
-        return raw, lease
+        return message
 
     def _form(self, command: Execute) -> _Form:
         key = (
@@ -152,6 +161,7 @@ class LocalChannel:
         self._waiting: deque[tuple[bytes, list[int]]] = deque()
         self._owed: dict[int, Dispatch] = {}
         self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._incoming = memoryview(bytearray(MAX_MESSAGE))
         self._reset = ""
 
     async def open(self, path: str, token: str) -> None:
@@ -228,7 +238,9 @@ class LocalChannel:
         if self._socket is None:
             return
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+            size, ancillary, flags, _ = self._socket.recvmsg_into(
+                (self._incoming,), _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return
         except ConnectionResetError as error:
@@ -240,12 +252,12 @@ class LocalChannel:
             return
         descriptors = _descriptors(ancillary)
         try:
-            if not data:
+            if not size:
                 self._disconnected(self._reset or "it closed its socket")
             elif flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 self._disconnected("it sent a message that is too long")
             else:
-                self._take(pb.ChannelResponse.FromString(data), descriptors)
+                self._take(_parse(self._incoming[:size]), descriptors)
         except (ValueError, DecodeError, OSError) as error:
             self._disconnected(f"it sent what is no response: {error}")
         finally:
@@ -304,11 +316,18 @@ class LocalChannel:
         return executed(result, payloads)
 
 
+def _parse(data: memoryview) -> pb.ChannelResponse:
+    """Raises DecodeError."""
+    response = pb.ChannelResponse()
+    response.ParseFromString(data)  # type: ignore[arg-type]  # any buffer, says its documentation
+    return response
+
+
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     found = array.array("i")
-    for level, kind, payload in ancillary:
+    for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            found.frombytes(payload[: len(payload) - len(payload) % found.itemsize])
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
     return list(found)
 
 

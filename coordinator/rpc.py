@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,14 +28,15 @@ class Call:
 
     def named(self, given: str) -> Call:
         """The same call under the id of a message's own field, unless the metadata had one or it is not fit for one."""
-        return replace(self, request_id=given, made=False) if self.made and _SAFE.fullmatch(given) else self
+        return replace(self, request_id=given, made=False) if self.made and given and _SAFE.fullmatch(given) else self
 
 
 def call_of(context: grpc.aio.ServicerContext[Any, Any], given: str = "") -> Call:
     """The id is that of the metadata, else ``given`` (a field of the request), else a new one."""
     metadata = context.invocation_metadata() or ()
     candidates = [value for key, value in metadata if key == REQUEST_ID and isinstance(value, str)]
-    request_id = next((name for name in (*candidates, given) if _SAFE.fullmatch(name)), None)
+    candidates.append(given)
+    safe = [name for name in candidates if name and _SAFE.fullmatch(name)]
     remaining = context.time_remaining()
     deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
-    return Call(request_id or uuid.uuid4().hex, deadline, carrier_of(metadata), made=request_id is None)
+    return Call(safe[0] if safe else os.urandom(16).hex(), deadline, carrier_of(metadata), made=not safe)

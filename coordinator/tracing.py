@@ -29,7 +29,7 @@ def carrier_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, 
     for key, value in metadata or ():
         if key in ("traceparent", "tracestate") and isinstance(value, str):
             found[key] = value
-    if not _TRACEPARENT.fullmatch(found.get("traceparent", "")):
+    if not found or not _TRACEPARENT.fullmatch(found.get("traceparent", "")):
         return {}
     if len(found.get("tracestate", "")) > _MAX_STATE:
         del found["tracestate"]

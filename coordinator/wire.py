@@ -105,6 +105,11 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
+def number(field: int, value: int) -> bytes:
+    """Field ``field``, a number that is not negative."""
+    return varint(field << 3 | VARINT) + varint(value)
+
+
 def nested(number: int, pieces: Iterable[Buffer]) -> list[Buffer]:
     """The pieces of field ``number``, a message whose own pieces are ``pieces`` (bytes each: len() is their size)."""
     inner = list(pieces)

@@ -71,6 +71,7 @@ class LocalChannel:
         self._socket = connection
         self._arena = arena
         self._kept = tensors.Kept()
+        self._incoming = memoryview(bytearray(MAX_MESSAGE))
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
         self._closing = threading.Lock()
@@ -87,13 +88,15 @@ class LocalChannel:
 
     def receive(self) -> Request | None:
         try:
-            data, descriptors = receive_message(self._socket)
+            data, descriptors = receive_message(self._socket, self._incoming)
             if not data:
                 self._lost = not self._closed
                 return None
             for descriptor in descriptors:
                 self._arena.add(descriptor)
-            return Request.FromString(data)
+            request = Request()
+            request.ParseFromString(data)  # type: ignore[arg-type]  # any buffer, says its documentation
+            return request
         except OSError:
             self._lost = not self._closed
         except (DecodeError, InvalidRequest) as error:
@@ -117,15 +120,14 @@ class LocalChannel:
 
     def outputs(self, execute: shard_pb2.ExecuteModel, response: Response, values: Mapping[str, torch.Tensor]) -> None:
         result = response.execute
-        for name, value in values.items():
-            tensors.describe(result.outputs, name, value)
         refs = self._arena.place(values, execute.arena_outputs) if execute.HasField("arena_outputs") else None
+        inline = refs is None and sum([value.nbytes for value in values.values()]) <= INLINE_BYTES
+        hosted = tensors.to_host(list(values.values())) if inline else values.values()
+        for name, value in zip(values, hosted, strict=True):
+            tensors.describe(result.outputs, name, value, tensors.copied(value) if inline else None)
         if refs is not None:
             result.arena_outputs.extend(refs)
-        elif sum([value.nbytes for value in values.values()]) <= INLINE_BYTES:
-            for tensor, value in zip(result.outputs, tensors.to_host(list(values.values())), strict=True):
-                tensor.data = tensors.copied(value)
-        else:
+        elif not inline:
             refs, size = layout(values, 0, ATTACHED)
             self._attached, memory = new_segment(size)
             copy_into(memory, values, refs)
@@ -157,9 +159,10 @@ class LocalChannel:
         self._arena.release()
 
 
-def receive_message(connection: socket.socket) -> tuple[bytes, list[int]]:
-    """One message and the descriptors attached to it; ``b""`` at the end. Raises OSError if it was too long."""
-    data, ancillary, flags, _ = connection.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+def receive_message(connection: socket.socket, room: memoryview) -> tuple[memoryview, list[int]]:
+    """One message, which is put into ``room``, and the descriptors attached to it; nothing at the end. Raises OSError
+    if it was too long."""
+    size, ancillary, flags, _ = connection.recvmsg_into((room,), _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
     descriptors = array.array("i")
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -168,7 +171,7 @@ def receive_message(connection: socket.socket) -> tuple[bytes, list[int]]:
         for descriptor in descriptors:
             os.close(descriptor)
         raise OSError("a message on the local channel is too long")
-    return data, list(descriptors)
+    return room[:size], list(descriptors)
 
 
 def send_message(connection: socket.socket, data: bytes, descriptors: list[int]) -> None:
@@ -231,9 +234,9 @@ class LocalDoor:
         """Raises :class:`InvalidRequest` unless the first message is right."""
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         _, user, _ = struct.unpack("3i", credentials)
-        token, descriptors = receive_message(connection)
+        token, descriptors = receive_message(connection, memoryview(bytearray(MAX_MESSAGE)))
         try:
-            if user != os.getuid() or not hmac.compare_digest(token, self._token.encode()):
+            if user != os.getuid() or not hmac.compare_digest(bytes(token), self._token.encode()):
                 raise InvalidRequest("the local channel was opened by somebody else")
             while descriptors:
                 arena.add(descriptors.pop(0))

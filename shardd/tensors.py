@@ -90,13 +90,13 @@ def join_parts(tensor: tensor_pb2.Tensor, parts: list[bytes]) -> torch.Tensor:
     return decode(tensor, joined)
 
 
-def describe(outputs: Outputs, name: str, value: torch.Tensor) -> tensor_pb2.Tensor:
-    """Add ``value``'s metadata to ``outputs``, without its bytes. Raises :class:`InvalidRequest` for a dtype that no
-    message can carry."""
+def describe(outputs: Outputs, name: str, value: torch.Tensor, data: bytes | None = None) -> tensor_pb2.Tensor:
+    """Add ``value`` to ``outputs``, its bytes being ``data`` if they travel so. Raises :class:`InvalidRequest` for a
+    dtype that no message can carry."""
     dtype = WIRE_DTYPES.get(value.dtype)
     if dtype is None:
         raise InvalidRequest(f"output {name!r} has dtype {value.dtype}, which cannot be sent")
-    return outputs.add(name=name, dtype=dtype, shape=value.shape)  # type: ignore[arg-type]
+    return outputs.add(name=name, dtype=dtype, shape=value.shape, data=data)  # type: ignore[arg-type]
 
 
 def raw(value: torch.Tensor) -> memoryview:
@@ -136,8 +136,8 @@ class Kept:
 
 def to_host(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The same tensors, contiguous and on the CPU; device copies are started together and awaited once."""
-    if all(value.device.type == "cpu" for value in values):
-        return [value.detach().contiguous() for value in values]
+    if all(value.is_cpu for value in values):
+        return [value if value.is_contiguous() else value.contiguous() for value in values]
     hosts: list[Any] = []
     for value in values:
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
