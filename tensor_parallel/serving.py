@@ -32,6 +32,7 @@ from tensor_parallel.planner.module import ShardedModule
 from tensor_parallel.planner.plan import InputSpec, OutputSpec, Plan
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.specs import output_names
+from tensor_parallel.planner.stopping import pause, stoppable
 from tensor_parallel.requests import RequestChecker
 
 log = logging.getLogger(__name__)
@@ -181,22 +182,36 @@ def load_model(
     :class:`PlanError`, :class:`InvalidInput` for a malformed option, :class:`DoesNotFit`, :class:`LoadCancelled` and,
     with ``execution`` ``compile``, :class:`~tensor_parallel.errors.CannotCompile`; what was loaded is then freed.
     """
+    parsed = options if isinstance(options, ServingOptions) else ServingOptions.parse(options or {})
+    stop = cancelled or (lambda: False)
+    with stoppable(lambda: _stop_if(stop)):
+        return _load(source, world_size, rank, device, group, parsed, progress, stop)
+
+
+def _load(
+    source: Source,
+    world_size: int,
+    rank: int,
+    device: torch.device,
+    group: Group,
+    parsed: ServingOptions,
+    progress: Progress | None,
+    stop: Callable[[], bool],
+) -> ServedModel:
     from tensor_parallel.planner import instantiate, make_plan
     from tensor_parallel.planner.rehearsal import check_compiler
     from tensor_parallel.planner.verify import memory_needed
 
-    parsed = options if isinstance(options, ServingOptions) else ServingOptions.parse(options or {})
-    stop = cancelled or (lambda: False)
     compiles = parsed.execution == "compile"
     if compiles:
         check_compiler(device.type)  # before anything that takes long
     model = source.build_meta()
-    _stop_if(stop)
+    pause()
     total = source.total_bytes
     besides = memory_needed(total) if parsed.verify and not parsed.known_plan else 0
     with PreparedMemory.for_weights(total, world_size, device, besides=besides) as memory:
         plan = _planned(make_plan, model, source, world_size, parsed)
-        _stop_if(stop)
+        pause()
         memory.stop()  # what is prepared meanwhile would count as neither
         give_back_freed()
         if compiles and plan.mode != "graph":
@@ -215,16 +230,17 @@ def load_model(
     parts = dict(loaded.tensors)
 
     def read(name: str, shard: Shard) -> Tensor:
+        pause()
         return parts.pop(name)
 
     functions: int | None = None
     module = instantiate(plan, model, rank=rank, group=group, read=read, device=device)
     if isinstance(module, ShardedModule):
-        module.plan_branches(lambda: _stop_if(stop))  # a request would wait for it, and all behind it
+        module.plan_branches()  # a request would wait for it, and all behind it
         if compiles:
-            functions = module.compile_programs(check=parsed.verify, between=lambda: _stop_if(stop))
+            functions = module.compile_programs(check=parsed.verify)
     if parsed.verify and plan.mode == "modules" and plan.digest() != parsed.known_plan:
-        _stop_if(stop)
+        pause()
         _rehearse(module, source, device)
     give_back_freed()
     checker = RequestChecker(plan.inputs, source.constraints(), source.default_inputs())
@@ -242,6 +258,7 @@ def _planned(
     except TensorParallelError:
         raise
     except Exception as error:  # tracing runs the model's own code, which raises anything for inputs it does not take
+        pause()
         raise PlanError(f"{source.path.name} cannot be planned: {type(error).__name__}: {error}") from error
 
 
@@ -251,14 +268,19 @@ def _rehearse(module: nn.Module, source: Source, device: torch.device) -> None:
     """
     from tensor_parallel.planner.fallback import ModulesModel
 
+    def whole(name: str) -> Tensor:
+        pause()
+        return source.read(name, Shard.replicated(), 0).to(device)
+
     assert isinstance(module, ModulesModel)
     inputs = {name: value.to(device) for name, value in source.example_inputs().items()}
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
-            module.eval().rehearse(inputs, lambda name: source.read(name, Shard.replicated(), 0).to(device))
+            module.eval().rehearse(inputs, whole)
     except Exception as error:  # the model's own code raises anything
+        pause()
         if out_of_memory(error):
             log.warning("%s: no memory to see whether its forward runs: %s", source.path.name, _first_line(error))
             return

@@ -32,6 +32,7 @@ from tensor_parallel.planner.placement import (
     is_mixed,
 )
 from tensor_parallel.planner.program import PerRank, Ref
+from tensor_parallel.planner.stopping import pause
 from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Call, Sym, Value, map_values
 
@@ -248,6 +249,7 @@ class Engine:
     def run(self) -> list[Any]:
         self.begin()
         for node in self.traced.graph.nodes:
+            pause()
             if node.op in ("call_function", "get_attr"):
                 self.node = node
                 self.env[node] = self.visit(node, self.env)

@@ -26,6 +26,7 @@ from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import branches, hits
 from tensor_parallel.planner.functional import functionalise
 from tensor_parallel.planner.reserve import tracing_settings
+from tensor_parallel.planner.stopping import pause, pausing
 from tensor_parallel.planner.traced import Traced, collect
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, f
         try:
             exported = _export(model, example_args, example_kwargs, free)
         except Exception as error:
+            pause()
             failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
             log.debug("tracing failed (free dims: %s): %s", free, failures[-1])
             if _hopeless(error):
@@ -88,6 +90,7 @@ def _with_branches(
             branches.try_ways(branches_on, max(2**branches.AHEAD - 1, len(taken[1].decisions)))
             return taken
         except Exception as error:
+            pause()
             log.debug("tracing with control flow resolved failed: %s: %s", type(error).__name__, error)
             loops = loops.without(error)
     return None
@@ -181,7 +184,7 @@ def _export(
         logger.setLevel(logging.CRITICAL)  # a failed attempt is an answer here, not an error to print
     try:
         # Under no_grad the trace has no nested regions for no_grad blocks; gradients never depend on it.
-        with torch.no_grad(), tracing_settings():
+        with torch.no_grad(), tracing_settings(), pausing(model):
             with unrolled.around(model) if unrolled is not None else nullcontext():
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             if unrolled is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tensor_parallel.errors import PlanError
+from tensor_parallel.errors import LoadCancelled, PlanError
 from tensor_parallel.group import Group
 from tensor_parallel.planner import search as searching
 from tensor_parallel.planner import specs, verify
@@ -28,6 +28,7 @@ from tensor_parallel.planner.prover import Prover
 from tensor_parallel.planner.reserve import reserved, skeleton
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.solver import Division
+from tensor_parallel.planner.stopping import pause
 from tensor_parallel.planner.tensors import Tensors
 from tensor_parallel.planner.traced import Traced
 
@@ -121,12 +122,15 @@ def plan_skeleton(
             network=network or Network(),
             fixed=fixed,
         )
+    except LoadCancelled:
+        raise
     except PlanError as error:
         if sequence_parallel:
             raise  # asked for, and not to be had
         log.warning("%s: %s; falling back to layers sharded one by one", type(twin).__name__, error)
         reason = str(error)
     except Exception as error:
+        pause()
         # A fault of the planner must not keep a model from being served: the fallback needs nothing of what failed.
         log.exception("%s: the planner failed; falling back to layers sharded one by one", type(twin).__name__)
         reason = f"the planner failed: {type(error).__name__}: {error}"

@@ -26,6 +26,7 @@ from tensor_parallel.planner.plan import FREE, Plan
 from tensor_parallel.planner.program import Program
 from tensor_parallel.planner.rehearsal import Alone, Rehearsal
 from tensor_parallel.planner.segments import Called, Segments
+from tensor_parallel.planner.stopping import pause
 from tensor_parallel.planner.traced import Traced
 
 _Slot = tuple[dict[str, Any], str]
@@ -92,10 +93,10 @@ class Runner:
         made, _ = generate(program, group.rank, group, self._device, self._tag, record_entries=False, called=called)
         return made
 
-    def compile(self, segments: Segments, *, check: bool, between: Callable[[], None]) -> None:
+    def compile(self, segments: Segments, *, check: bool) -> None:
         """Compile what lies between matrices and collectives, for calls that record no gradient; see ``rehearsal``.
-        Raises :class:`~tensor_parallel.errors.CannotCompile`, and what ``between`` raises."""
-        rehearsal = Rehearsal(segments, check=check, between=between)
+        Raises :class:`~tensor_parallel.errors.CannotCompile`."""
+        rehearsal = Rehearsal(segments, check=check)
         group = Group(self._group.rank, self._group.world_size, Alone(self._group))
         forward = self._without_gradients(group, rehearsal.called)
         states = [table[key] for table, key in self._slots]
@@ -209,31 +210,31 @@ class ShardedModule(nn.Module):
         self._runners.setdefault(key, []).append(runner)
         return runner, leaves
 
-    def plan_branches(self, between: Callable[[], None] = lambda: None) -> int:
+    def plan_branches(self) -> int:
         """Plan now what inputs that decide otherwise would need later, where there are few ways; how many programs that
-        made. ``between`` is called before each, and may raise. Raises :class:`PlanError`."""
+        made. Raises :class:`PlanError`."""
         before = [runner for runners in self._runners.values() for runner in runners]
         for runner in before:
             branches = runner.compiled.traced.branches
             if branches is not None and self._planner is not None and len(branches.decisions) <= AHEAD:
-                try_ways(partial(self._plan_way, runner, between), 2**AHEAD - 1)
+                try_ways(partial(self._plan_way, runner), 2**AHEAD - 1)
         return sum(len(runners) for runners in self._runners.values()) - len(before)
 
-    def compile_programs(self, *, check: bool, between: Callable[[], None] = lambda: None) -> int:
+    def compile_programs(self, *, check: bool) -> int:
         """Compile the programs there are; how many functions that made. ``check``: compare what they compute with what
-        they compute uncompiled. ``between`` is called before each, and may raise. Programs planned later run as they
-        are. Raises :class:`~tensor_parallel.errors.CannotCompile`."""
+        they compute uncompiled. Programs planned later run as they are. Raises
+        :class:`~tensor_parallel.errors.CannotCompile`."""
         segments = Segments(self._device)
         for runners in self._runners.values():
             for runner in runners:
-                runner.compile(segments, check=check, between=between)
+                runner.compile(segments, check=check)
         return len(segments)
 
-    def _plan_way(self, runner: Runner, between: Callable[[], None], way: Way) -> int:
+    def _plan_way(self, runner: Runner, way: Way) -> int:
         """Plan one way through the model of ``runner``, whose own is planned; how many branches there are on it."""
         traced = runner.compiled.traced
         if way:
-            between()
+            pause()
             assert self._planner is not None
             args, kwargs = pytree.tree_unflatten(traced.example, traced.in_spec)
             plan, compiled = self._planner(args, kwargs, self.training, way)

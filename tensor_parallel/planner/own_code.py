@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from tensor_parallel.planner import hits
 from tensor_parallel.planner.reserve import skeleton, tracing_settings
+from tensor_parallel.planner.stopping import pause, pausing
 from tensor_parallel.planner.tensors import Tensors
 from tensor_parallel.planner.traced import Traced
 
@@ -58,9 +59,10 @@ def outputs(
         held = {name: full[tensors.canonical(name)] for name, _ in copy.named_parameters(remove_duplicate=False)}
         for name, _ in copy.named_buffers(remove_duplicate=False):
             held[name] = full[tensors.canonical(name)].clone()
-        with tracing_settings(), hits.Visited(visited) if visited else nullcontext(), NothingDropped():
+        with pausing(copy), tracing_settings(), hits.Visited(visited) if visited else nullcontext(), NothingDropped():
             result = torch.func.functional_call(copy, held, args, kwargs, tie_weights=False)
     except Exception as error:  # the model's own code raises anything
+        pause()
         raise NotComparable(f"it raised {type(error).__name__}: {error}") from error
     leaves, spec = pytree.tree_flatten(result)
     if spec != traced.out_spec or len(leaves) != len(traced.outputs):

@@ -22,6 +22,7 @@ from tensor_parallel.errors import CannotCompile, TensorParallelError, out_of_me
 from tensor_parallel.group import Group
 from tensor_parallel.planner.export import TRACING
 from tensor_parallel.planner.segments import Segment, Segments, with_compiled
+from tensor_parallel.planner.stopping import pause
 from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.verify import distance, tolerance
 
@@ -64,8 +65,8 @@ class Alone:
 class Rehearsal:
     """Runs a program at several sizes. The first run shows which sizes vary, the next compiles, the last compares."""
 
-    def __init__(self, segments: Segments, *, check: bool, between: Callable[[], None]) -> None:
-        self._segments, self._check, self._between = segments, check, between
+    def __init__(self, segments: Segments, *, check: bool) -> None:
+        self._segments, self._check = segments, check
         self._visit: Callable[[Segment, tuple[Any, ...]], Any] = self._note
         self._shapes: list[list[torch.Size]] = []
         self._at = 0
@@ -76,7 +77,7 @@ class Rehearsal:
         return lambda *args: self._visit(segment, args)
 
     def run(self, forward: Forward, traced: Traced, device: torch.device) -> None:
-        """Compile what ``forward(leaves)`` calls. Raises :class:`CannotCompile`, and what ``between`` raises."""
+        """Compile what ``forward(leaves)`` calls. Raises :class:`CannotCompile`."""
         from torch.fx.experimental import _config as symbolic
 
         def at(sizes: Sizes, visit: Callable[[Segment, tuple[Any, ...]], Any]) -> None:
@@ -106,7 +107,7 @@ class Rehearsal:
         return segment.function(*args)
 
     def _compile(self, segment: Segment, args: tuple[Any, ...]) -> Any:
-        self._between()
+        pause()
         for value, other in zip(_tensors(args), self._shapes[self._at], strict=True):
             for dim, size in enumerate(other):
                 if value.shape[dim] == size:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tensor_parallel.planner.program import PerRank, Program, Step, map_refs
 from tensor_parallel.planner.runtime import is_random
+from tensor_parallel.planner.stopping import pause
 
 Values = dict[int, list[Any]]
 """Per reference, every rank's value."""
@@ -61,6 +62,7 @@ def run(
     values = start(program, inputs, states, constants)
     with torch.no_grad():
         for step in program.steps:
+            pause()
             execute(step, values, program.ranks)
 
     def of_rank(rank: int) -> list[Any]:

@@ -24,6 +24,7 @@ from tensor_parallel.planner.placement import Partial, Replicated, Sharded, coun
 from tensor_parallel.planner.program import Program, map_refs
 from tensor_parallel.planner.prover import Prover
 from tensor_parallel.planner.shard import Shard
+from tensor_parallel.planner.stopping import pause
 from tensor_parallel.planner.tensors import Tensors
 from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Value
@@ -160,6 +161,7 @@ def _weights(tensors: Tensors, buffers: Mapping[str, Tensor], alike: bool) -> di
     made: dict[Any, Tensor] = {}
     full: dict[str, Tensor] = {}
     for name in tensors.stored:
+        pause()
         key = _role(name, tensors) if alike else name
         if key not in made:
             made[key] = _fill(name, tensors, buffers)
@@ -266,6 +268,7 @@ class _Recorder(fx.Interpreter):
         return super().call_function(*without_dropout(target, args, kwargs))
 
     def run_node(self, n: fx.Node) -> Any:
+        pause()
         result = self.values.get(n.name) if n.op == "placeholder" else super().run_node(n)
         if n in self.empty:
             result = pytree.tree_map(lambda positions: positions[:0], result)

@@ -1,5 +1,6 @@
 """Loads, flips and unloads beside traffic; failures leave what served before."""
 
+import json
 import threading
 import time
 
@@ -15,6 +16,7 @@ from tests.service.daemons import wait_for
 from tests.service.load_generator import LoadGenerator
 
 MLP = "tests.service.shard_models:mlp"
+DEEP = "tests.service.shard_models:deep"
 PICKY = "tests.service.shard_models:picky"
 X = np.random.default_rng(0).standard_normal((2, 16)).astype(np.float32)
 Code = grpc.StatusCode
@@ -122,6 +124,29 @@ def test_a_load_that_is_cancelled_leaves_nothing(cluster):
         assert held(cluster) == [names, names]
     if any(model.name == "c" for model in cluster.health().models):
         unload(cluster, "c")
+
+
+def test_planning_stops_when_its_load_is_cancelled(cluster, tmp_path):
+    """Not at its end: the next load does not wait for a plan that nobody wants."""
+    before = [(rank.loads, rank.bytes_held) for rank in cluster.health().ranks]
+    options = pb.LoadOptions(kind="factory", arguments_json=json.dumps({"path": f"{tmp_path}/traced"}))
+    call = cluster.stub.Load(pb.LoadRequest(name="deep", path=DEEP, options=options), timeout=60)
+    next(call)
+    wait_for(lambda: len(layers_traced(tmp_path)) == 2, "both ranks to trace")
+    call.cancel()
+    cluster.load("next", MLP, kind="factory")
+    assert all(count < 250 for count in layers_traced(tmp_path)), "one of them traced the whole model"
+    after = [(rank.loads, rank.bytes_held) for rank in cluster.health().ranks]
+    [size] = {now[1] - then[1] for then, now in zip(before, after, strict=True)}
+    assert 0 < size < 10_000  # of the small model alone
+    assert [now[0] - then[0] for then, now in zip(before, after, strict=True)] == [1, 1]
+    assert not [name for names in held(cluster) for name in names if name.startswith("deep")]
+    unload(cluster, "next")
+
+
+def layers_traced(directory):
+    """By rank, of those that have begun."""
+    return [file.stat().st_size for file in directory.glob("traced.*")]
 
 
 def settled(cluster):

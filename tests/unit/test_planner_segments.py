@@ -19,6 +19,7 @@ from tensor_parallel.group import Group
 from tensor_parallel.planner import instantiate, make_plan, segments
 from tensor_parallel.planner.module import ShardedModule
 from tensor_parallel.planner.rehearsal import Alone
+from tensor_parallel.planner.stopping import stoppable
 
 pytestmark = pytest.mark.timeout(240)  # a cold compiler's cache
 
@@ -187,8 +188,9 @@ def test_it_can_be_cancelled_between_functions(model: nn.Module) -> None:
         if len(calls) == 2:
             raise LoadCancelled("enough")
 
-    with pytest.raises(LoadCancelled):
-        rank_of(model).compile_programs(check=True, between=stop)
+    module = rank_of(model)
+    with pytest.raises(LoadCancelled), stoppable(stop):
+        module.compile_programs(check=True)
 
 
 def test_it_serves_while_other_models_are_traced(model: nn.Module, small: None) -> None:
