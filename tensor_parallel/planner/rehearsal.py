@@ -8,7 +8,8 @@ the same function uncompiled, on its own arguments. (That the plan is right is p
 
 from __future__ import annotations
 
-import logging
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -25,8 +26,6 @@ from tensor_parallel.planner.segments import Segment, Segments, with_compiled
 from tensor_parallel.planner.stopping import pause
 from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.verify import distance, tolerance
-
-log = logging.getLogger(__name__)
 
 VERSIONS = 64
 """Of one function at most, for other shapes of weights and other kinds of sizes: torch refuses to compile more."""
@@ -183,11 +182,25 @@ def _resized(value: Tensor, dim: int, size: int) -> Tensor:
 @cache
 def check_compiler(kind: str) -> None:
     """Compile something tiny for devices of this kind. Raises :class:`CannotCompile` if that is impossible here."""
+    _check_cache()
     try:
         with TRACING, torch.inference_mode():
             torch.compile(lambda value: value.sin() + 1, fullgraph=True)(torch.zeros(8, device=kind))
     except Exception as error:
         raise CannotCompile(_refusal(error)) from error
+
+
+def _check_cache() -> None:
+    """What torch compiled is kept in files, by default of a name under ``/tmp`` that anyone can guess, and run again by
+    whoever finds it. Raises :class:`CannotCompile` where others could have put it there."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    found = os.stat(cache_dir())
+    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CannotCompile(
+            f"execution='compile' is refused: others may write to {cache_dir()}, from which torch runs code; "
+            "set TORCHINDUCTOR_CACHE_DIR to a directory of your own"
+        )
 
 
 def _refusal(error: Exception) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import grpc
 import numpy as np
 import pytest
 import torch
 
+from coordinator.client import Client
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from tests.service import shard_models
 from tests.service.clusters import Cluster, failure
@@ -43,7 +47,8 @@ def cluster(tmp_path_factory):
     environment: dict[str, str] = {"OMP_NUM_THREADS": "1"}
     with Cluster(2, directory, env=environment, daemon_arguments=["--threads", "1"]) as cluster:
         cluster.environment = environment  # of daemons started from now on
-        cluster.load("m", GATED, kind="factory", execution="compile", timeout=120)
+        with Client(cluster.coordinator.address) as client:
+            client.load("m", GATED, kind="factory", execution="compile", timeout=120)
         yield cluster
 
 
@@ -78,9 +83,12 @@ def test_it_survives_the_death_of_a_rank(cluster):
 
 
 def test_other_ways_to_execute_are_refused_by_name(cluster):
-    error = failure(lambda: cluster.load("graphs", GATED, kind="factory", execution="cuda_graphs"))
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "execution 'cuda_graphs' is not available here" in error.details()
+    command = [sys.executable, "-m", "coordinator.cli", "load", "graphs", GATED, "--kind", "factory"]
+    command += ["--execution", "cuda_graphs", "--target", cluster.coordinator.address]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert refused.returncode != 0
+    assert "INVALID_ARGUMENT" in refused.stderr
+    assert "execution 'cuda_graphs' is not available here" in " ".join(refused.stderr.split())
 
 
 def test_a_rank_without_a_compiler_refuses_for_all(cluster):

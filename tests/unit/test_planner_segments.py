@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tensor_parallel.errors import CannotCompile, InvalidInput, LoadCancelled
 from tensor_parallel.group import Group
 from tensor_parallel.planner import instantiate, make_plan, segments
 from tensor_parallel.planner.module import ShardedModule
-from tensor_parallel.planner.rehearsal import Alone
+from tensor_parallel.planner.rehearsal import Alone, check_compiler
 from tensor_parallel.planner.stopping import stoppable
 
 pytestmark = pytest.mark.timeout(240)  # a cold compiler's cache
@@ -235,6 +236,15 @@ def test_without_a_compiler_it_says_so() -> None:
     assert "CannotCompile: execution='compile' cannot be had" in last, found.stderr
     assert "compiler" in last
     assert "eager" in last
+
+
+def test_code_that_others_may_have_written_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o777)
+    with pytest.raises(CannotCompile, match="others may write to"):
+        check_compiler.__wrapped__("cpu")
+    tmp_path.chmod(0o755)
+    check_compiler.__wrapped__("cpu")
 
 
 def test_options() -> None:
