@@ -108,8 +108,15 @@ class Runner:
         forward = self._grad if torch.is_grad_enabled() else self._plain
         outputs, updates = forward(leaves, states, self._constants)
         for (table, key), value in zip(self._updates, updates, strict=True):
-            table[key] = value.detach()  # the old one may be needed by the backward
+            table[key] = _kept(value, leaves).detach()  # the old one may be needed by the backward
         return outputs
+
+
+def _kept(value: Tensor, leaves: Sequence[Any]) -> Tensor:
+    """``value`` to be held as a state: not in the memory of an input, which is its caller's to use again."""
+    memory = value.untyped_storage().data_ptr()
+    shared = any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == memory for leaf in leaves)
+    return value.clone() if shared else value
 
 
 class ShardedModule(nn.Module):

@@ -94,3 +94,32 @@ def test_what_is_assigned_to_slices_has_gradients() -> None:
     alone(given).square().sum().backward()
     for got in run_ranks(2, body):
         assert_close(got, given.grad)
+
+
+class Remembers(_Writes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(2, 5, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.mlp(x + self.last)
+        self.last.copy_(x)
+        return self.out(y)
+
+
+def test_an_input_that_became_a_state_is_its_callers_to_use_again() -> None:
+    torch.manual_seed(0)
+    model, example, tracing = Remembers().eval(), torch.randn(2, 5, 12), threading.Lock()
+
+    def both(forward: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x = example.clone()
+        with torch.no_grad():
+            first = forward(x=x)
+            return first, forward(x=x.mul_(-3))
+
+    def body(group: Group) -> Any:
+        return both(_wrapped(model, example, group, tracing))
+
+    results = run_ranks(2, body)
+    for got in results:
+        assert_close(got, both(copy.deepcopy(model)))
