@@ -30,10 +30,10 @@ class StartError(Exception):
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds. A silent child is killed after two unanswered heartbeats if it is stopped or idle: about 1.7 s after it
-    was stopped, and up to 0.75 s later if it hangs otherwise."""
+    was stopped, and up to 1.75 s later if it hangs otherwise."""
 
     heartbeat: float = 0.25
-    calm: float = 1.0  # between heartbeats of one that is ready: each takes a processor from its work
+    calm: float = 2.0  # between heartbeats of one that is ready: each takes a processor from its work
     answer: float = 0.7
     silent_answers: int = 2
     busy: float = 15.0  # how long one may be silent while it runs

@@ -76,8 +76,12 @@ def busy(pid: int) -> bool:
 
 
 def stopped(pid: int) -> bool:
-    """Whether somebody has stopped the process, as with SIGSTOP. Costs it nothing."""
-    return _state(Path(f"/proc/{pid}")) == "T"
+    """Whether somebody has stopped the process, as with SIGSTOP. Costs it nothing, and the caller little."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            return file.read(512).rpartition(b") ")[2].startswith(b"T")
+    except OSError:
+        return False
 
 
 def _state(thread: Path) -> str:
