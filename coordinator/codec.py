@@ -14,6 +14,7 @@ from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import tensor_pb2
 
 TENSOR_DATA = 4  # Tensor.data
+_SMALL = 8192  # bytes; below, protobuf's own copy is cheaper than walking the fields here
 _REQUEST: wire.Path = {pb.ForwardRequest.INPUTS_FIELD_NUMBER: {TENSOR_DATA: wire.ONE}}
 _DTYPES: dict[int, DataType] = {int(dtype): dtype for dtype in DataType}
 _RESPONSE_OUTPUTS = pb.ForwardResponse.OUTPUTS_FIELD_NUMBER
@@ -26,7 +27,13 @@ _STREAM_REQUEST: wire.Path = {
 def parse_forward(raw: Buffer) -> InferRequest:
     """Raises InvalidArgument when the bytes are no ForwardRequest, or a tensor's dtype or shape is none."""
     message = pb.ForwardRequest()
-    return request_of(message, _parse(message, raw, _REQUEST))
+    if len(raw) >= _SMALL:
+        return request_of(message, _parse(message, raw, _REQUEST))
+    try:
+        message.ParseFromString(bytes(raw))
+    except DecodeError as error:
+        raise InvalidArgument(f"the request is not a ForwardRequest: {error}") from None
+    return request_of(message, [memoryview(tensor.data) for tensor in message.inputs])
 
 
 def parse_stream(raw: Buffer) -> tuple[pb.ForwardStreamRequest, list[memoryview | None]]:

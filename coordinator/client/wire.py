@@ -18,6 +18,7 @@ _INPUTS = pb.ForwardRequest.INPUTS_FIELD_NUMBER
 _DATA = tensor_pb2.Tensor.DATA_FIELD_NUMBER
 _CHUNK = pb.ForwardStreamRequest.CHUNK_FIELD_NUMBER
 _CHUNK_DATA = pb.TensorChunk.DATA_FIELD_NUMBER
+_SMALL = 8192  # bytes; below, protobuf's own copy is cheaper than walking the fields here
 _OUTPUT_DATA = {pb.ForwardResponse.OUTPUTS_FIELD_NUMBER: {_DATA: ONE}}
 
 
@@ -38,10 +39,12 @@ def encode_chunk(head: pb.TensorChunk, data: memoryview) -> bytes:
 
 
 def decode_forward(message: bytes) -> list[tuple[tensor_pb2.Tensor, memoryview]]:
-    """Each output's description, with a view of its bytes in ``message`` (empty where they are elsewhere).
+    """Each output's description, with a view of its bytes (empty where they are elsewhere).
 
     Raises ValueError, or protobuf's DecodeError, for bytes that are no ForwardResponse.
     """
+    if len(message) < _SMALL:
+        return [(meta, memoryview(meta.data)) for meta in pb.ForwardResponse.FromString(message).outputs]
     rest, found = lift(message, _OUTPUT_DATA)
     outputs = pb.ForwardResponse.FromString(rest).outputs
     return [(meta, data or memoryview(b"")) for meta, data in zip(outputs, found, strict=True)]
