@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -45,6 +46,8 @@ async def serve(config: Config) -> int:
         health=server.health_address,
         metrics=exporter.address if exporter is not None else None,
     )
+    gc.collect()
+    gc.freeze()  # modules and servants stay; looking at them again would hold up requests for 11 ms each time
     async with _told_to_systemd():
         await stop.wait()
     await core.drain(config.drain)
