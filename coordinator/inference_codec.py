@@ -29,6 +29,7 @@ _ID, _RAW_OUTPUTS = 3, 6  # ModelInferResponse.id and .raw_output_contents
 _STREAM_RESPONSE = 2  # ModelStreamInferResponse.infer_response
 _SMALL = 8192  # bytes; below, protobuf's own copy is cheaper than walking the fields here
 _REMEMBERED = 1024  # requests, and answers, whose beginnings are known
+_LONGEST = 4096  # bytes of a beginning that is remembered
 
 # Where the protocol puts typed elements. FP16, BF16 and float8 have no field: they travel raw.
 _TYPED = {
@@ -84,7 +85,7 @@ class _Known:
         size = value.byte_size
         length = wire.varint(_RAW_INPUT << 3 | wire.LENGTH) + wire.varint(size)
         before = bytes(data[: -size - len(length)])
-        if not size or data[len(before) : -size] != length or not _is_complete(before):
+        if not size or len(before) > _LONGEST or data[len(before) : -size] != length or not _is_complete(before):
             return
         if len(self._beginnings) >= _REMEMBERED:
             self._sizes.clear()

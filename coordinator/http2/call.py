@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from httpunk import HeaderMap
 
 from coordinator.http2.connection import MAX_HEADER_LIST, Gone, Stream
+from coordinator.http2.context import Aborted, Context, Details
 from coordinator.http2.fields import MalformedField, Metadata, fields_of, message_field, metadata_of, seconds_of
 from coordinator.http2.messages import ENCODINGS, IDENTITY, BodyError, Messages, prefix
 from coordinator.logging import get_logger
@@ -33,104 +34,18 @@ class Serving:
     limit: int
 
 
-class Details(grpc.HandlerCallDetails):
-    """Of which method, with which metadata."""
+class Requests:
+    """The messages of a request, parsed. Unlike a generator it goes on after a read that was cancelled."""
 
-    def __init__(self, method: str, invocation_metadata: Metadata) -> None:
-        self.method = method
-        self.invocation_metadata = invocation_metadata
+    def __init__(self, messages: Messages, parse: Callable[[bytes], Any]) -> None:
+        self._messages = messages
+        self._parse = parse
 
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
 
-class Aborted(grpc.aio.AbortError):
-    """What ``abort`` raises; the status is in the context."""
-
-
-class Context(grpc.aio.ServicerContext[Any, Any]):
-    """The servicer's view of a call, as ``grpc.aio`` documents it."""
-
-    def __init__(self, call: Call, metadata: Metadata, peer: str, ends: float | None) -> None:
-        self._call = call
-        self._metadata = metadata
-        self._peer = peer
-        self._ends = ends
-        self.status: tuple[grpc.StatusCode, str] = (grpc.StatusCode.OK, "")
-        self.trailing: Metadata = ()
-        self.callbacks: list[Callable[[Any], None]] = []
-        self.ended = False
-
-    async def abort(
-        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Iterable[tuple[str, Any]] = ()
-    ) -> NoReturn:
-        if code is grpc.StatusCode.OK:
-            code, details = grpc.StatusCode.UNKNOWN, "aborted with OK"
-        self.status = (code, details)
-        if trailing_metadata:
-            self.trailing = tuple(trailing_metadata)
-        raise Aborted(details)
-
-    async def abort_with_status(self, status: grpc.Status) -> NoReturn:
-        await self.abort(status.code, status.details or "", status.trailing_metadata or ())
-
-    async def read(self) -> Any:
-        return await anext(self._call.requests, grpc.aio.EOF)
-
-    async def write(self, message: Any) -> None:
-        await self._call.write(message)
-
-    async def send_initial_metadata(self, initial_metadata: Iterable[tuple[str, Any]]) -> None:
-        self._call.begin(fields_of(initial_metadata))
-        self._call.flush()
-
-    def set_trailing_metadata(self, trailing_metadata: Iterable[tuple[str, Any]]) -> None:
-        self.trailing = tuple(trailing_metadata)
-
-    def invocation_metadata(self) -> Any:
-        return self._metadata
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self.status = (code, self.status[1])
-
-    def set_details(self, details: str) -> None:
-        self.status = (self.status[0], details)
-
-    def set_compression(self, compression: grpc.Compression) -> None:
-        """Answers are never compressed."""
-
-    def disable_next_message_compression(self) -> None:
-        """Answers are never compressed."""
-
-    def peer(self) -> str:
-        return self._peer
-
-    def peer_identities(self) -> None:
-        return None
-
-    def peer_identity_key(self) -> None:
-        return None
-
-    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
-        return {}
-
-    def time_remaining(self) -> float | None:  # type: ignore[override]  # the stub forgets calls without a deadline
-        return None if self._ends is None else max(0.0, self._ends - asyncio.get_running_loop().time())
-
-    def trailing_metadata(self) -> Any:
-        return self.trailing
-
-    def code(self) -> Any:
-        return self.status[0]
-
-    def details(self) -> str:
-        return self.status[1]
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        self.callbacks.append(callback)
-
-    def cancelled(self) -> bool:
-        return self.ended and self.status[0] is grpc.StatusCode.CANCELLED
-
-    def done(self) -> bool:
-        return self.ended
+    async def __anext__(self) -> Any:
+        return self._parse(await self._messages.__anext__())
 
 
 class Call:
@@ -185,7 +100,9 @@ class Call:
                 raise Gone
             await self._serve(details, encoding, context)
         except asyncio.CancelledError:
-            if self._ending is None:
+            if self._ending is None:  # the servicer raised it, or the server stops: the client must not wait for ever
+                context.status = (grpc.StatusCode.CANCELLED, "")
+                await self._finish((grpc.StatusCode.CANCELLED, "the server cancelled the call"), ())
                 raise
             task.uncancel()
             context.status = (self._ending, "")
@@ -197,9 +114,7 @@ class Call:
             self._stream.on_gone = None
             if timer is not None:
                 timer.cancel()
-            context.ended = True
-            for callback in context.callbacks:
-                callback(context)
+            context.finished()
 
     def _cancel(self, task: asyncio.Task[Any], why: grpc.StatusCode) -> None:
         if self._ending is None:
@@ -213,7 +128,7 @@ class Call:
             if handler is None:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {details.method}")
             messages = Messages(self._stream.chunk, encoding, self._serving.limit)
-            self.requests = self._parsed(messages)
+            self.requests = Requests(messages, self._message)
             if handler.request_streaming or handler.response_streaming:
                 await self._streamed(handler, messages, context)
             else:
@@ -226,8 +141,7 @@ class Call:
         except Gone:
             raise
         except Exception as error:
-            get_logger().error("internal_error", method=details.method, exc_info=error)
-            context.status = (grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+            context.status = self._bug(error)
         await self._finish(context.status, context.trailing, last)
 
     async def _streamed(self, handler: Handler, messages: Messages, context: Context) -> None:
@@ -240,10 +154,6 @@ class Call:
             async for answer in answers:
                 await self.write(answer)
 
-    async def _parsed(self, messages: Messages) -> AsyncIterator[Any]:
-        async for raw in messages:
-            yield self._message(raw)
-
     def _message(self, raw: bytes) -> Any:
         parse = self._handler.request_deserializer
         return raw if parse is None else parse(raw)
@@ -253,6 +163,10 @@ class Call:
         raw: bytes = message if serialize is None else serialize(message)
         return raw
 
+    def _bug(self, error: Exception) -> tuple[grpc.StatusCode, str]:
+        get_logger().error("internal_error", method=self._stream.head.path, exc_info=error)
+        return grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"
+
     # ---- the answer
 
     def flush(self) -> None:
@@ -261,8 +175,9 @@ class Call:
     def begin(self, fields: list[tuple[str, str]]) -> None:
         """Sends the head of an answer with messages, unless that is done."""
         if not self._begun:
+            head = HeaderMap([*_HEAD, *fields]) if fields else _HEAD_MAP
             self._begun = True
-            self._stream.begin(HeaderMap([*_HEAD, *fields]) if fields else _HEAD_MAP)
+            self._stream.begin(head)
 
     async def write(self, message: Any) -> None:
         """One message of the answer; waits while the client does not read."""
@@ -281,18 +196,21 @@ class Call:
     async def _finish(self, status: tuple[grpc.StatusCode, str], trailing: Metadata, last: bytes | None = None) -> None:
         """The end of the answer, behind ``last`` if the status is OK; the whole of it if nothing was sent yet."""
         code, details = status
-        trailers = [("grpc-status", str(code.value[0]))]
+        fields = [("grpc-status", str(code.value[0]))]
         if details:
-            trailers.append(("grpc-message", message_field(details)))
-        if trailing:
-            trailers += fields_of(trailing)
+            fields.append(("grpc-message", message_field(details)))
+        try:
+            trailers = HeaderMap([*fields, *fields_of(trailing)])
+        except (TypeError, ValueError) as error:  # the servicer's metadata cannot be sent
+            await self._finish(self._bug(error), ())
+            return
         try:
             if last is not None and code is grpc.StatusCode.OK:
                 await self._send(last)
             if self._begun:
-                self._stream.end(HeaderMap(trailers))
+                self._stream.end(trailers)
             else:
-                self._stream.begin(HeaderMap([*_HEAD, *trailers]), end=True)
+                self._stream.begin(HeaderMap([*_HEAD, *trailers.items()]), end=True)
             self._stream.flush()
         except BodyError as error:
             await self._finish((error.code, error.message), ())

@@ -17,6 +17,9 @@ from httpunk import _httpunk as h2
 PREFACE = 20.0  # seconds that a new connection has to say that it speaks HTTP/2
 _KEEPALIVE = 60  # seconds of silence after which the kernel asks whether the peer is still there
 MAX_HEADER_LIST = 16 << 10  # bytes as HTTP/2 counts them, 32 more for each field
+# What the state reads of a head: past that it leaves fields out without a word, and past four times that it ends the
+# connection with all its calls. So that a call with somewhat too much is told so, it is more than a call may have.
+_READ_HEADER_LIST = 16 * MAX_HEADER_LIST
 _FRAME_HEADER = 9  # bytes, of which the first three are the payload's length
 _OWED = 1000  # control frames that a client may send while it reads no answers
 _PROTOCOL_ERROR, _INTERNAL_ERROR, _CALM = 1, 2, 11  # RFC 9113, section 7
@@ -24,7 +27,7 @@ _OPTIONS: dict[str, Any] = {
     "initial_window_size": 8 << 20,
     "connection_window": 32 << 20,
     "max_frame_size": 1 << 20,
-    "max_header_list_size": MAX_HEADER_LIST,
+    "max_header_list_size": _READ_HEADER_LIST,
     "max_send_buf_size": 4 << 20,
     "max_concurrent_streams": 10_000,  # past that a client's own library queues
     "auto_date_header": False,
@@ -146,6 +149,7 @@ class Connection(asyncio.Protocol):
         self._closed = closed
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
+        self._expiry: asyncio.TimerHandle | None = None
         self._spare = Stream(self)  # the next stream to be opened
         self._one_by_one = OneByOne()
         self._acknowledged = False
@@ -172,7 +176,7 @@ class Connection(asyncio.Protocol):
         _keep_alive(transport)
         self.state.begin()
         self.flush()
-        self._loop.call_later(PREFACE, self._expire)
+        self._expiry = self._loop.call_later(PREFACE, self._expire)
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
@@ -192,6 +196,9 @@ class Connection(asyncio.Protocol):
             self._abandon(reason)
 
     def connection_lost(self, _error: Exception | None) -> None:
+        self._paused = True  # nothing is written any more
+        if self._expiry is not None:
+            self._expiry.cancel()
         self._fail()
         self._closed(self)
 
@@ -321,7 +328,7 @@ class Connection(asyncio.Protocol):
         """Writes what is pending, unless the client does not read."""
         while not self._paused and self.state.has_pending():
             batch, _ = self.state.take_pending()
-            self._transport.write(batch)
+            self._transport.write(memoryview(batch))  # a view of its own, as the transport may keep what it is given
             batch.release()
             _writable(self.state.credit_written())
 
@@ -336,6 +343,7 @@ class Connection(asyncio.Protocol):
         """Ends whatever still runs."""
         for task in self.calls:
             task.cancel()
+        self._paused = True
         self._transport.abort()
 
     def _served(self, task: asyncio.Task[None]) -> None:

@@ -28,7 +28,7 @@ def metadata_of(fields: Iterable[tuple[bytes, bytes]]) -> Metadata:
             continue
         key = name.decode("latin-1")
         if name.endswith(b"-bin"):
-            found += ((key, _unbase64(key, part)) for part in value.split(b","))
+            found += ((key, _unbase64(key, part.strip())) for part in value.split(b","))
         else:
             found.append((key, value.decode("latin-1")))
     return tuple(found)

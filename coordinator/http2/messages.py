@@ -45,6 +45,7 @@ class Messages:
         self._encoding = encoding
         self._limit = limit
         self._held: deque[bytes] = deque()
+        self._start = 0  # bytes of the first chunk that are taken
         self._size = 0
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -93,12 +94,14 @@ class Messages:
         self._size -= size
         taken = []
         while size:
-            chunk = self._held.popleft()
-            if len(chunk) > size:
-                self._held.appendleft(chunk[size:])
-                chunk = chunk[:size]
-            taken.append(chunk)
-            size -= len(chunk)
+            chunk = self._held[0]
+            piece = chunk[self._start : self._start + size]
+            self._start += len(piece)
+            if self._start == len(chunk):
+                self._held.popleft()
+                self._start = 0
+            taken.append(piece)
+            size -= len(piece)
         return taken[0] if len(taken) == 1 else b"".join(taken)
 
     def _unpacked(self, data: bytes) -> bytes:

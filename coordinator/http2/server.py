@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -16,6 +17,7 @@ from coordinator.http2.call import Call, Handler, Serving
 from coordinator.http2.connection import Connection
 
 BACKLOG = 1024
+_NOT_HERE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # "localhost" is an IPv6 address too, even where there is no IPv6
 
 
 class Server:
@@ -101,27 +103,41 @@ def _intercepted(
 
 
 def _bound(address: str) -> list[socket.socket]:
-    """A socket for each address that the name stands for, all on one port. Raises OSError."""
+    """A socket for each address that the name stands for and this host has, all on one port. Raises OSError."""
     host, _, text = address.rpartition(":")
     port = int(text)
     found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     made: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, target in dict.fromkeys(found):
-            one = socket.socket(family, kind, protocol)
-            made.append(one)
-            one.setblocking(False)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(target[0] != "::"))
-            one.bind((target[0], port, *target[2:]))
-            one.listen(BACKLOG)
-            port = one.getsockname()[1]
-    except OSError:
-        for one in made:
-            one.close()
-        raise
+    missing: OSError | None = None
+    for family, kind, protocol, _, target in dict.fromkeys(found):
+        try:
+            made.append(_bound_one(family, kind, protocol, (target[0], port, *target[2:])))
+            port = made[0].getsockname()[1]
+        except OSError as error:
+            if error.errno in _NOT_HERE:
+                missing = error
+                continue
+            for one in made:
+                one.close()
+            raise
+    if not made and missing is not None:
+        raise missing
     return made
+
+
+def _bound_one(family: int, kind: int, protocol: int, target: tuple[Any, ...]) -> socket.socket:
+    one = socket.socket(family, kind, protocol)
+    try:
+        one.setblocking(False)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(target[0] != "::"))
+        one.bind(target)
+        one.listen(BACKLOG)
+    except OSError:
+        one.close()
+        raise
+    return one
 
 
 def _bound_path(path: str) -> socket.socket:
