@@ -65,13 +65,14 @@ class _Known:
 
     def __init__(self) -> None:
         self._sizes: dict[int, int] = {}  # of the input, by length of the message
-        self._beginnings: dict[bytes, Decoded] = {}
+        self._beginnings: dict[bytes, tuple[Decoded, int]] = {}  # with the input's size
 
     def find(self, data: bytes) -> Decoded | None:
         size = self._sizes.get(len(data))
-        known = None if size is None else self._beginnings.get(bytes(data[:-size]))
-        if size is None or known is None:
+        found = None if size is None else self._beginnings.get(bytes(data[:-size]))
+        if size is None or found is None or found[1] != size:  # the last: it was cut short, or has more behind it
             return None
+        known = found[0]
         like = known.request
         value = TensorValue(like.inputs[0].name, like.inputs[0].dtype, like.inputs[0].shape, memoryview(data)[-size:])
         request = InferRequest(like.model, [value], like.version, list(like.outputs), priority=like.priority)
@@ -93,7 +94,7 @@ class _Known:
         kept = InferRequest(request.model, [replace(value, data=None)], request.version, list(request.outputs))
         kept.priority = request.priority
         self._sizes[len(data)] = size
-        self._beginnings[before + length] = Decoded(kept, "", decoded.timeout)
+        self._beginnings[before + length] = Decoded(kept, "", decoded.timeout), size
 
 
 def _is_complete(before: bytes) -> bool:

@@ -218,6 +218,14 @@ def test_what_an_earlier_request_became_does_not_show_in_a_later_one():
     assert not inference_codec.decode(data).request.request_id
 
 
+def test_a_request_that_is_cut_short_is_refused_however_well_it_is_known():
+    whole, as_long_as_the_rest = ask(b"12345678"), ask(b"abcd")
+    for data in (whole, as_long_as_the_rest):
+        inference_codec.decode(data)
+    with pytest.raises(InvalidArgument, match="no ModelInferRequest"):
+        inference_codec.decode(whole[:-4])
+
+
 @pytest.mark.parametrize("value", [b"ab", b"\x3a\x02", bytes(range(40))])
 def test_bytes_of_an_input_that_are_not_the_last_of_a_message_are_found_all_the_same(value):
     for last in (b"cd", b"ef"):
