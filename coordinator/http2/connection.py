@@ -21,6 +21,7 @@ MAX_HEADER_LIST = 16 << 10  # bytes as HTTP/2 counts them, 32 more for each fiel
 # connection with all its calls. So that a call with somewhat too much is told so, it is more than a call may have.
 _READ_HEADER_LIST = 16 * MAX_HEADER_LIST
 _FRAME_HEADER = 9  # bytes, of which the first three are the payload's length
+_TURN = 500  # frames that are acted upon before others have their turn
 _OWED = 1000  # control frames that a client may send while it reads no answers
 _PROTOCOL_ERROR, _INTERNAL_ERROR, _CALM = 1, 2, 11  # RFC 9113, section 7
 _OPTIONS: dict[str, Any] = {
@@ -180,8 +181,10 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
+        count = 0
         try:
             for frame in self._frames(data):
+                count += 1
                 act = self._dispatch.get(type(frame))  # None: priorities, which nobody heeds any more
                 if act is None:
                     continue
@@ -191,9 +194,16 @@ class Connection(asyncio.Protocol):
                     self._refuse(error)
             self._after(self.state.maybe_goaway_reply())
             self.flush()
+            if count > _TURN:  # else a transport may read on for as long as there is something, past all other work
+                self._transport.pause_reading()
+                self._loop.call_soon(self._read_on)
         except h2.H2Error as error:
             reason = error.args[0] if error.args and isinstance(error.args[0], int) else _PROTOCOL_ERROR
             self._abandon(reason)
+
+    def _read_on(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._paused = True  # nothing is written any more

@@ -17,10 +17,12 @@ import pytest
 
 from coordinator import server
 from coordinator.http2 import server as http2
+from coordinator.http2.call import Requests
 from coordinator.http2.connection import Connection
 from coordinator.http2.fields import metadata_of
 from coordinator.http2.messages import IDENTITY, Messages, prefix
 from tests.unit.test_http2 import Running, channel, client, running
+from tests.unit.test_http2_hostile import PING, PREFACE, SETTINGS, frame
 
 __all__ = ["client", "running"]  # the fixtures
 
@@ -170,6 +172,55 @@ def test_what_a_transport_keeps_stays_readable() -> None:
 
     asyncio.run(connect())
     assert b"".join(kept)[3:5] == b"\x04\x00"  # settings
+
+
+def test_a_client_with_many_frames_lets_others_have_their_turn() -> None:
+    asked: list[str] = []
+
+    class Told(asyncio.Transport):
+        def write(self, data: Any) -> None:
+            pass
+
+        def is_closing(self) -> bool:
+            return False
+
+        def pause_reading(self) -> None:
+            asked.append("pause")
+
+        def resume_reading(self) -> None:
+            asked.append("resume")
+
+    async def receive(pings: int) -> list[str]:
+        connection = Connection(lambda _stream: None, lambda _connection: None)
+        connection.connection_made(Told())
+        connection.data_received(PREFACE + frame(SETTINGS, 0, 0) + frame(PING, 0, 0, bytes(8)) * pings)
+        asked.append("others")
+        await asyncio.sleep(0)
+        connection.connection_lost(None)
+        return asked
+
+    assert asyncio.run(receive(3)) == ["others"]
+    asked.clear()
+    assert asyncio.run(receive(2000)) == ["pause", "others", "resume"]
+
+
+def test_a_call_with_many_messages_lets_others_have_their_turn() -> None:
+    async def read() -> tuple[int, int]:
+        chunks = iter([prefix(0) * 1000, None])
+
+        async def chunk() -> bytes | None:
+            return next(chunks)
+
+        seen = 0
+        others: list[int] = []
+        asyncio.get_running_loop().call_soon(lambda: others.append(seen))
+        async for _ in Requests(Messages(chunk, IDENTITY, 100), bytes):
+            seen += 1
+        return seen, others[0]
+
+    seen, others = asyncio.run(read())
+    assert seen == 1000
+    assert others < 200
 
 
 def test_messages_however_they_are_cut() -> None:
