@@ -15,6 +15,7 @@ from typing import Any
 from httpunk import _httpunk as h2
 
 PREFACE = 20.0  # seconds that a new connection has to say that it speaks HTTP/2
+PATIENCE = 0.5  # seconds that a client has to say that it has heard of the end
 _KEEPALIVE = 60  # seconds of silence after which the kernel asks whether the peer is still there
 MAX_HEADER_LIST = 16 << 10  # bytes as HTTP/2 counts them, 32 more for each field
 # What the state reads of a head: past that it leaves fields out without a word, and past four times that it ends the
@@ -306,8 +307,7 @@ class Connection(asyncio.Protocol):
             if stream is not None:
                 stream.writable()
         if flags & (h2.H2_FLAG_CONN_DONE | h2.H2_FLAG_STOP_ACCEPTING):
-            self._ending = True
-            self._loop.call_soon(self._close_if_done)
+            self._loop.call_soon(self._end)
 
     def acted(self, verdict: Any) -> Any:
         """Checks and passes on what the state made of something sent. Raises Gone."""
@@ -348,6 +348,9 @@ class Connection(asyncio.Protocol):
         """Asks the client for no more calls; closes when those at work are done."""
         self._after(self.state.begin_graceful_shutdown())
         self.flush()
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry = self._loop.call_later(PATIENCE, self._end)  # a client that hangs need not answer
 
     def cut(self) -> None:
         """Ends whatever still runs."""
@@ -360,6 +363,10 @@ class Connection(asyncio.Protocol):
         self.calls.discard(task)
         if self._ending:
             self._close_if_done()
+
+    def _end(self) -> None:
+        self._ending = True
+        self._close_if_done()
 
     def _close_if_done(self) -> None:
         if not self.calls:

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from httpunk import _httpunk as h2
 
 from coordinator import server
 from coordinator.http2 import server as http2
@@ -22,7 +23,7 @@ from coordinator.http2.connection import Connection
 from coordinator.http2.fields import metadata_of
 from coordinator.http2.messages import IDENTITY, Messages, prefix
 from tests.unit.test_http2 import Running, channel, client, running
-from tests.unit.test_http2_hostile import PING, PREFACE, SETTINGS, frame
+from tests.unit.test_http2_hostile import PING, PREFACE, SETTINGS, Raw, frame
 
 __all__ = ["client", "running"]  # the fixtures
 
@@ -155,6 +156,13 @@ def test_a_closed_connection_is_forgotten_at_once(running: Running) -> None:
 
     running.run(closed())
     assert [one() for one in left] == [None]
+
+
+def test_a_silent_client_does_not_hold_up_the_end(running: Running) -> None:
+    with Raw(running) as raw:
+        raw.send(frame(PING, 0, 0, bytes(8)))
+        assert any(isinstance(one, h2.H2FramePing) for one in raw.frames())  # it is served; from here on it is silent
+        running.run(running.server.stop(60))  # twice as long as ``run`` waits
 
 
 def test_what_a_transport_keeps_stays_readable() -> None:
