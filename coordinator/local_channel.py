@@ -244,8 +244,10 @@ class LocalChannel:
         except BlockingIOError:
             return
         except ConnectionResetError as error:
-            # It went with commands unread. What it said before, perhaps why, comes now, and then the end.
+            # It went with commands unread. What it said before, perhaps why, comes now, and then the end; the loop may
+            # tell of neither (libuv stops watching a socket that has had an error).
             self._reset = f"its socket failed: {error.strerror}"
+            self._loop.call_soon(self._readable)
             return
         except OSError as error:
             self._disconnected(f"its socket failed: {error.strerror}")
@@ -258,6 +260,8 @@ class LocalChannel:
                 self._disconnected("it sent a message that is too long")
             else:
                 self._take(_parse(self._incoming[:size]), descriptors)
+                if self._reset:
+                    self._loop.call_soon(self._readable)
         except (ValueError, DecodeError, OSError) as error:
             self._disconnected(f"it sent what is no response: {error}")
         finally:

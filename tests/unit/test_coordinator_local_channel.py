@@ -9,6 +9,7 @@ from coordinator.channels import Dispatch
 from coordinator.commands import BatchInput, Execute, Failed, Probe
 from coordinator.dtypes import DataType
 from coordinator.local_channel import ATTACHED, INLINE, LocalChannel, LocalMemory, host_id
+from coordinator.main import _loop_factory
 from coordinator.types import TensorValue
 from protos.tensor_parallel.v1 import shard_pb2 as pb
 from shardd.identity import host_id as shardd_host_id
@@ -73,7 +74,9 @@ class Rank:
 DONE = pb.ChannelResponse(generation=3, done=pb.Done())
 
 
-def run(scenario, opening=DONE):
+def run(scenario, opening=DONE, loop_factory=_loop_factory):
+    """On the loop that the coordinator uses, or another."""
+
     async def main():
         rank, listener = Rank(), Listener()
         memory = LocalMemory(1, reclaim=True)
@@ -88,7 +91,8 @@ def run(scenario, opening=DONE):
             memory.arena.close()
             rank.close()
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(main())
 
 
 def forward(memory, seq, data):
@@ -206,6 +210,24 @@ def test_an_answer_that_makes_no_sense_ends_the_channel(answer):
         assert "no response" in reason
 
     run(scenario)
+
+
+@pytest.mark.parametrize("loop_factory", [_loop_factory, lambda: asyncio.new_event_loop])
+def test_a_rank_that_goes_with_commands_unread_is_missed_at_once_and_heard_out(loop_factory):
+    """The kernel reports such an end as an error, after which uvloop no longer watches the socket."""
+
+    async def scenario(rank, channel, memory, listener):
+        for seq in range(3):
+            channel.send(forward(memory, seq, b"abc"))
+        await rank.command()
+        rank.reply(result(0, data=b"xyz"))
+        rank.socket.close()
+        assert (await listener.next())[:3] == ("answered", 0, 0)
+        kind, number, reason = await listener.next()
+        assert (kind, number) == ("disconnected", 0)
+        assert "reset" in reason
+
+    run(scenario, loop_factory=loop_factory)
 
 
 def test_more_commands_than_the_socket_takes_arrive_in_order():
