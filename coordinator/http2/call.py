@@ -12,10 +12,11 @@ from typing import Any
 import grpc
 from httpunk import HeaderMap
 
-from coordinator.http2.connection import MAX_HEADER_LIST, Gone, Stream
+from coordinator.http2.connection import MAX_HEADER_LIST
 from coordinator.http2.context import Aborted, Context, Details
 from coordinator.http2.fields import MalformedField, Metadata, fields_of, message_field, metadata_of, seconds_of
 from coordinator.http2.messages import ENCODINGS, IDENTITY, BodyError, Messages, prefix
+from coordinator.http2.stream import Gone, Stream
 from coordinator.logging import get_logger
 
 Handler = Any  # grpc.RpcMethodHandler, which is generic in stubs alone

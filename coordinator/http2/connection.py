@@ -7,21 +7,20 @@ without any I/O). Its own asyncio driver wakes five tasks for a request; this on
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from httpunk import _httpunk as h2
 
+from coordinator.http2.peers import OneByOne, keep_alive, peer_of
+from coordinator.http2.stream import Gone, Stream
+
 PREFACE = 20.0  # seconds that a new connection has to say that it speaks HTTP/2
 PATIENCE = 0.5  # seconds that a client has to say that it has heard of the end
-_KEEPALIVE = 60  # seconds of silence after which the kernel asks whether the peer is still there
 MAX_HEADER_LIST = 16 << 10  # bytes as HTTP/2 counts them, 32 more for each field
 # What the state reads of a head: past that it leaves fields out without a word, and past four times that it ends the
 # connection with all its calls. So that a call with somewhat too much is told so, it is more than a call may have.
 _READ_HEADER_LIST = 16 * MAX_HEADER_LIST
-_FRAME_HEADER = 9  # bytes, of which the first three are the payload's length
 _TURN = 500  # frames that are acted upon before others have their turn
 _OWED = 1000  # control frames that a client may send while it reads no answers
 _PROTOCOL_ERROR, _INTERNAL_ERROR, _CALM = 1, 2, 11  # RFC 9113, section 7
@@ -34,110 +33,6 @@ _OPTIONS: dict[str, Any] = {
     "max_concurrent_streams": 10_000,  # past that a client's own library queues
     "auto_date_header": False,
 }
-
-
-class Gone(Exception):
-    """The client has reset the stream, or its connection is lost."""
-
-
-class Stream:
-    """A request as it arrives, and the way back."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.id = 0
-        self.head: Any = None  # httpunk's frame: method, path, headers
-        self.gone = False
-        self.on_gone: Callable[[], None] | None = None
-        self._connection = connection
-        self._chunks: deque[tuple[bytes, bool]] = deque()
-        self._ended = False
-        self._reader: asyncio.Future[None] | None = None
-        self._writer: asyncio.Future[None] | None = None
-
-    # ---- the request
-
-    @property
-    def peer(self) -> str:
-        return self._connection.peer
-
-    async def chunk(self) -> bytes | None:
-        """The next piece of the body, None at its end. Raises Gone."""
-        while not self._chunks:
-            if self.gone:
-                raise Gone
-            if self._ended:
-                return None
-            self._connection.flush()  # the client may wait for the room that was made
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        data, budgeted = self._chunks.popleft()
-        self._connection.consumed(self.id, len(data), budgeted)
-        return data
-
-    def arrived(self, data: bytes | None, budgeted: bool, ended: bool) -> None:
-        if data is not None:
-            self._chunks.append((data, budgeted))
-        self._ended = self._ended or ended
-        _wake(self._reader)
-
-    def writable(self) -> None:
-        _wake(self._writer)
-
-    def stop(self) -> None:
-        """The client takes no answer any more."""
-        if not self.gone:
-            self.gone = True
-            _wake(self._reader)
-            _wake(self._writer)
-            if self.on_gone is not None:
-                self.on_gone()
-
-    # ---- the answer
-
-    def begin(self, fields: Any, *, end: bool = False) -> None:
-        """Status 200 and ``fields``, a HeaderMap; nothing else follows when ``end``. Raises Gone."""
-        self._connection.acted(self._connection.state.send_response_head(self.id, 200, fields, end))
-
-    async def send(self, data: bytes) -> None:
-        """Waits while the client has no room for it. Raises Gone."""
-        offset = 0
-        while True:
-            offset, done = self._connection.sent(self.id, data, offset)
-            if done:
-                return
-            self._writer = asyncio.get_running_loop().create_future()
-            self._connection.flush()  # which may make room
-            await self._writer
-            if self.gone:
-                raise Gone
-
-    def end(self, trailers: Any) -> None:
-        """Raises Gone."""
-        self._connection.acted(self._connection.state.send_trailers(self.id, trailers))
-
-    def flush(self) -> None:
-        """Lets what was sent go."""
-        self._connection.flush()
-
-
-class OneByOne:
-    """Cuts a connection's bytes behind its preface, and behind each frame."""
-
-    def __init__(self) -> None:
-        self._left = len(h2.H2_PREFACE)
-        self._header = b""
-
-    def cut(self, data: bytes) -> tuple[bytes, bytes]:
-        """The first piece, and the rest."""
-        if self._left:
-            size = min(self._left, len(data))
-            self._left -= size
-        else:
-            size = _FRAME_HEADER - len(self._header)
-            self._header += data[:size]
-            if len(self._header) == _FRAME_HEADER:
-                self._left, self._header = int.from_bytes(self._header[:3], "big"), b""
-        return data[:size], data[size:]
 
 
 class Connection(asyncio.Protocol):
@@ -174,8 +69,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
-        self.peer = _peer(transport)
-        _keep_alive(transport)
+        self.peer = peer_of(transport)
+        keep_alive(transport)
         self.state.begin()
         self.flush()
         self._expiry = self._loop.call_later(PREFACE, self._expire)
@@ -390,28 +285,6 @@ class Connection(asyncio.Protocol):
             stream.stop()
 
 
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)
-
-
 def _writable(streams: Iterable[Any]) -> None:
     for stream in streams:
         stream.writable()
-
-
-def _peer(transport: Any) -> str:
-    """As gRPC writes it."""
-    name = transport.get_extra_info("peername")
-    if not isinstance(name, tuple):
-        return "unix:"
-    host, port = name[:2]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
-
-
-def _keep_alive(transport: Any) -> None:
-    sock = transport.get_extra_info("socket")
-    if sock is not None and sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE)

@@ -38,7 +38,7 @@ class Served:
         await context.send_initial_metadata((("early", "yes"),))
         asked = [f"{key}={value!r}" for key, value in context.invocation_metadata() if key.startswith("k")]
         left = context.time_remaining()
-        return f"{context.peer().split(':')[0]} {asked} {left is None or 0 < left <= 5}".encode()
+        return f"{context.peer().split(':')[0]} {asked} {left is None or 0 < left < 5.001}".encode()
 
     async def refuse(self, _data: bytes, context: Any) -> bytes:
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "grün 100%\n", (("why-bin", b"\x01"),))
