@@ -102,7 +102,7 @@ class Generation:
         """
         ending = self.ended.result() if self.ended.done() else self._leaving
         if ending is not None:
-            done(None, self._unavailable(ending))
+            _tell(done, None, self._unavailable(ending))
             return
         dispatch = Dispatch(self.number, self._seq, command)
         try:
@@ -145,7 +145,7 @@ class Generation:
         pending, self._pending = self._pending, {}
         for seq, entry in pending.items():
             own = culprit[1] if culprit is not None and culprit[0] == seq else self._unavailable(ending)
-            entry.done(None, own)
+            _tell(entry.done, None, own)
         self.close()
 
     def close(self) -> None:
@@ -200,10 +200,10 @@ class Generation:
         self.last_completed = self._loop.time()
         if failures:
             first = failures[min(failures)]
-            pending.done(None, from_code(first.code, first.message))
+            _tell(pending.done, None, from_code(first.code, first.message))
         else:
             answers = [pending.answers[rank] for rank in range(self._world_size)]
-            pending.done([answer if isinstance(answer, Executed) else None for answer in answers], None)
+            _tell(pending.done, [answer if isinstance(answer, Executed) else None for answer in answers], None)
         self._end_if_left()
 
     def _alike(self, failures: dict[int, Failed]) -> bool:
@@ -239,6 +239,14 @@ class Generation:
 
 def _failures(pending: _Pending) -> dict[int, Failed]:
     return {rank: answer for rank, answer in pending.answers.items() if isinstance(answer, Failed)}
+
+
+def _tell(done: Done, answers: Answers | None, error: ServiceError | None) -> None:
+    """A fault of ours in whoever waited is logged, and is no fault of the rank that answered."""
+    try:
+        done(answers, error)
+    except Exception as fault:
+        get_logger().error("internal_error", exc_info=fault)
 
 
 def _settle(future: asyncio.Future[Answers], answers: Answers | None, error: ServiceError | None) -> None:

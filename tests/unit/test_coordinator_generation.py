@@ -61,6 +61,22 @@ def test_answers_are_matched_by_rank_in_whatever_order_they_come():
     run(scenario)
 
 
+def test_a_fault_of_who_waited_is_not_the_ranks():
+    async def scenario(generation, channels):
+        def fail(answers, error):
+            raise ValueError("a bug")
+
+        generation.send(FORWARD, fail)
+        good = generation.dispatch(FORWARD)
+        for seq in (0, 1):
+            for rank in (0, 1):
+                generation.answered(rank, seq, None)
+        assert await good == [None, None]
+        assert generation.alive
+
+    run(scenario)
+
+
 def test_an_error_alike_on_all_ranks_is_the_requests_own():
     async def scenario(generation, channels):
         bad, good = generation.dispatch(FORWARD), generation.dispatch(FORWARD)
