@@ -33,7 +33,7 @@ def exported():
     coordinator.generation_ended("rank_lost")
     coordinator.generation_started(1, 0.5)
     coordinator.load_finished("OK", 1.0)
-    shard.forward(shard.model("mlp"), shard_pb2.ExecuteResult())
+    shard.forward(shard.model("mlp"), 0.002, 0.001, 0.0)
     shard.command("ok")
     shard.loaded(1)
     status = shard_pb2.StatusResponse(state="READY", models=[shard_pb2.LoadedModel(name="mlp")])
