@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import tensor_parallel.vector_math  # noqa: F401 - before anything computes: all that does comes by this module
 from tensor_parallel.errors import ConfigError, GroupUnbound
 from tensor_parallel.partition import check_rank
 
