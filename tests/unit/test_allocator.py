@@ -40,7 +40,7 @@ def test_freed_buffers_are_used_again_without_new_pages():
 
 
 def test_the_loop_is_uvloops_if_it_is_installed():
-    uvloop = pytest.importorskip("uvloop")
+    uvloop = pytest.importorskip("uvloop", reason="uvloop is not installed (there is none for Windows)")
     assert main._loop_factory() is uvloop.new_event_loop
 
 

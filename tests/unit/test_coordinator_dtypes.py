@@ -22,7 +22,7 @@ def test_names_lead_back(dtype):
 
 
 def test_types_that_numpy_lacks_are_known_by_name():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed (the test extra has it)")
     assert from_numpy(np.dtype(ml_dtypes.bfloat16)) is DataType.BFLOAT16
     assert from_numpy(np.dtype(ml_dtypes.float8_e4m3fn)) is DataType.FLOAT8_E4M3FN
     assert DataType.BFLOAT16.numpy_dtype is None

@@ -11,7 +11,7 @@ from coordinator.metrics import Metrics
 from protos.tensor_parallel.v1 import shard_pb2
 from shardd.metrics import Metrics as ShardMetrics
 
-promql_parser = pytest.importorskip("promql_parser")
+promql_parser = pytest.importorskip("promql_parser", reason="promql-parser is not installed (the test extra has it)")
 
 MONITORING = Path(__file__).resolve().parents[2] / "deploy" / "monitoring"
 DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text())
