@@ -14,6 +14,7 @@ from coordinator.client import wire
 from coordinator.client.arrays import WireTensor, from_wire, to_wire
 from coordinator.client.errors import InvalidInputError, RequestError
 from coordinator.client.memory import Regions
+from coordinator.types import Buffer
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import tensor_pb2
 
@@ -51,7 +52,7 @@ class ForwardCall:
     def encode(self) -> bytes:
         return wire.encode_forward(self.head, self.tensors)
 
-    def decode(self, message: bytes) -> dict[str, Any]:
+    def decode(self, message: Buffer) -> dict[str, Any]:
         """The outputs by name. Raises RequestError (INTERNAL) if ``message`` is not a response."""
         try:
             found = {meta.name: self.output(meta, data) for meta, data in wire.decode_forward(message)}

@@ -75,6 +75,13 @@ class Connection:
     policy: RetryPolicy
     timeout: float | None
     options: tuple[tuple[str, Any], ...] = field(default=())
+    customized: bool = False
+    """The user gave channel options."""
+
+    @property
+    def local(self) -> bool:
+        """Whether the target is on this host, so that no proxy is asked."""
+        return _local(self.target)
 
     @classmethod
     def of(
@@ -107,6 +114,7 @@ class Connection:
             policy=RetryPolicy.of(retries),
             timeout=timeout,
             options=tuple((settings | dict(options or ())).items()),
+            customized=bool(options),
         )
 
     def metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:

@@ -17,7 +17,9 @@ from coordinator.client.calls import Json
 from coordinator.client.connection import Connection, Options, TlsSetting, new_request_id
 from coordinator.client.errors import RequestError, from_rpc
 from coordinator.client.memory import DEFAULT_PREFIX, Regions, SharedRegion, allow_registered, forgotten
+from coordinator.client.transport import channel_to
 from coordinator.retry import Attempts, RetryPolicy
+from coordinator.types import Buffer
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 
 _Answer = TypeVar("_Answer")
@@ -57,15 +59,9 @@ class Client:
         options: Options | None = None,
     ) -> None:
         self._connection = connection = Connection.of(target, token, tls, retries, timeout, options)
-        if connection.credentials is None:
-            self._channel = grpc.insecure_channel(connection.target, connection.options)
-        else:
-            self._channel = grpc.secure_channel(connection.target, connection.credentials, connection.options)
+        self._channel = channel_to(connection)
         self._regions = Regions({})
         self._forward: Any = self._channel.unary_unary(calls.FORWARD)
-        self._forward_stream: Any = self._channel.stream_stream(
-            calls.FORWARD_STREAM, response_deserializer=pb.ForwardStreamResponse.FromString
-        )
 
     @property
     def target(self) -> str:
@@ -89,11 +85,11 @@ class Client:
         older version goes on serving.
         """
         request = calls.load_request(name, path, version, options)
-        method = self._channel.unary_stream(
-            calls.LOAD, pb.LoadRequest.SerializeToString, response_deserializer=pb.LoadProgress.FromString
-        )
 
         def once(remaining: float | None, metadata: tuple[tuple[str, str], ...]) -> Json:
+            method: Any = self._channel.unary_stream(
+                calls.LOAD, pb.LoadRequest.SerializeToString, response_deserializer=pb.LoadProgress.FromString
+            )
             call = method(request, timeout=remaining, metadata=metadata)
             last = pb.LoadProgress()
             try:
@@ -145,7 +141,7 @@ class Client:
         if call.streamed:
             return self._retry(lambda *how: self._stream_once(call, *how), timeout, call.request_id)
         payload = call.encode()
-        answer: bytes = self._retry(
+        answer: Buffer = self._retry(
             lambda remaining, metadata: self._forward(payload, timeout=remaining, metadata=metadata),
             timeout,
             call.request_id,
@@ -216,7 +212,10 @@ class Client:
         self, call: calls.ForwardCall, remaining: float | None, metadata: tuple[tuple[str, str], ...]
     ) -> dict[str, Any]:
         assembler = stream.Assembler(call)
-        answers = self._forward_stream(stream.requests(call), timeout=remaining, metadata=metadata)
+        method: Any = self._channel.stream_stream(
+            calls.FORWARD_STREAM, response_deserializer=pb.ForwardStreamResponse.FromString
+        )
+        answers = method(stream.requests(call), timeout=remaining, metadata=metadata)
         try:
             for answer in answers:
                 if assembler.feed(answer):
@@ -233,13 +232,14 @@ class Client:
         timeout: float | None,
         policy: RetryPolicy | None = None,
     ) -> _Reply:
-        rpc = self._channel.unary_unary(method, type(request).SerializeToString, reply.FromString)
-        return self._retry(
+        rpc: Any = self._channel.unary_unary(method, type(request).SerializeToString, reply.FromString)
+        answer: _Reply = self._retry(
             lambda remaining, metadata: rpc(request, timeout=remaining, metadata=metadata),
             timeout,
             new_request_id(),
             policy,
         )
+        return answer
 
     def _retry(
         self,

@@ -38,13 +38,13 @@ def encode_chunk(head: pb.TensorChunk, data: memoryview) -> bytes:
     return b"".join(nested(_CHUNK, (head.SerializeToString(), *payload(_CHUNK_DATA, data))))
 
 
-def decode_forward(message: bytes) -> list[tuple[tensor_pb2.Tensor, memoryview]]:
+def decode_forward(message: Buffer) -> list[tuple[tensor_pb2.Tensor, memoryview]]:
     """Each output's description, with a view of its bytes (empty where they are elsewhere).
 
     Raises ValueError, or protobuf's DecodeError, for bytes that are no ForwardResponse.
     """
     if len(message) < _SMALL:
-        return [(meta, memoryview(meta.data)) for meta in pb.ForwardResponse.FromString(message).outputs]
+        return [(meta, memoryview(meta.data)) for meta in pb.ForwardResponse.FromString(bytes(message)).outputs]
     rest, found = lift(message, _OUTPUT_DATA)
     outputs = pb.ForwardResponse.FromString(rest).outputs
     return [(meta, data or memoryview(b"")) for meta, data in zip(outputs, found, strict=True)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Iterable
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -54,9 +55,22 @@ def seconds_of(timeout: bytes) -> float:
     return int(match[1]) * _SECONDS[match[2]]
 
 
+def timeout_field(seconds: float) -> str:
+    """``seconds``, more than 0, as ``grpc-timeout`` carries it: at most eight digits, rounded up."""
+    for unit, size in (("u", 1e-6), ("m", 1e-3), ("S", 1.0)):
+        if (count := math.ceil(seconds / size)) < 10**8:
+            return f"{count}{unit}"
+    return "99999999S"
+
+
 def message_field(message: str) -> str:
     """``message`` as ``grpc-message`` carries it: percent-encoded UTF-8."""
     return quote(message, safe=_PLAIN, errors="replace")
+
+
+def message_of(field: bytes) -> str:
+    """What ``grpc-message`` says."""
+    return unquote_to_bytes(field).decode("utf-8", "replace")
 
 
 def _unbase64(key: str, value: bytes) -> bytes:

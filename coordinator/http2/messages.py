@@ -28,7 +28,7 @@ def prefix(size: int) -> bytes:
     """What stands before an uncompressed message of ``size`` bytes. Raises BodyError at 4 GiB."""
     if size >= 1 << 32:
         raise BodyError(
-            grpc.StatusCode.RESOURCE_EXHAUSTED, f"the answer has {size} bytes; gRPC's messages have < 4 GiB"
+            grpc.StatusCode.RESOURCE_EXHAUSTED, f"the message has {size} bytes; gRPC's messages have < 4 GiB"
         )
     return _PREFIX.pack(0, size)
 

@@ -1,0 +1,38 @@
+"""By when a call has to be over."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+
+from coordinator.client.transport.failures import CallFailed
+
+_LONGEST = 1e6  # seconds of one wait; the kernel counts them as milliseconds in 32 bits
+
+
+class Deadline:
+    """``timeout`` seconds from now; None: never."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout
+        self._ends = None if timeout is None else time.monotonic() + timeout
+
+    def remaining(self) -> float | None:
+        """Seconds, more than 0; None: without end. Raises CallFailed (DEADLINE_EXCEEDED)."""
+        if self._ends is None:
+            return None
+        left = self._ends - time.monotonic()
+        if left <= 0:
+            raise CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, f"Deadline Exceeded: {self._timeout:.3g} s have passed")
+        return left
+
+    def milliseconds(self) -> float | None:
+        """For ``poll``, which may come back earlier. Raises CallFailed (DEADLINE_EXCEEDED)."""
+        left = self.remaining()
+        return None if left is None else min(left, _LONGEST) * 1e3
+
+    def part(self, most: float, shares: int) -> float:
+        """Seconds for one of ``shares`` steps: at most ``most``. Raises CallFailed (DEADLINE_EXCEEDED)."""
+        left = self.remaining()
+        return most if left is None else min(most, left / shares)
