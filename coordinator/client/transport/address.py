@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.client.transport.deadline import Deadline
-from coordinator.client.transport.failures import CallFailed, reason_of, unavailable
-from coordinator.client.transport.link import Link
+from coordinator.client.transport.failures import unavailable
 from coordinator.client.transport.sockets import Sockets
 from coordinator.http2.peers import keep_socket_alive
 
 _HOST_AND_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
 _SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds")  # as in dns:name, which has no port
-_CONNECT_SECONDS = 20.0  # for all addresses together, as gRPC has it
 _RESOLVE_SLICE = 0.05  # seconds after which a look-up sees that the client was closed
 _CROWDED_PAUSE = 0.005  # seconds; a Unix socket whose backlog is full tells nobody when it is not
 
@@ -54,29 +52,8 @@ class Address:
             return None
         return cls(target, target, host=match[1] or match[2], port=int(match[3]))
 
-    def connect(self, deadline: Deadline, sockets: Sockets) -> Link:
-        """Tries what the name stands for, in order. Raises CallFailed."""
-        places = self._places(deadline, sockets)
-        last = "it has no address"
-        for index, (family, place) in enumerate(places):
-            shown = self.target if self.path else f"{place[0]}:{place[1]}"
-            made = sockets.open(family)
-            try:
-                _connect(made, place, Deadline(deadline.part(_CONNECT_SECONDS, len(places) - index)), sockets)
-                return Link(made, self.target)
-            except OSError as error:
-                sockets.close(made)
-                last = f"{shown}: {reason_of(error)}"
-            except CallFailed:
-                sockets.close(made)
-                deadline.remaining()  # raises where it is this one that has passed
-                last = f"{shown}: {os.strerror(errno.ETIMEDOUT)} ({errno.ETIMEDOUT})"
-            except BaseException:
-                sockets.close(made)
-                raise
-        raise unavailable(f"failed to connect to {self.target}; last error: {last}")
-
-    def _places(self, deadline: Deadline, sockets: Sockets) -> list[Place]:
+    def places(self, deadline: Deadline, sockets: Sockets) -> list[Place]:
+        """What the name stands for, in the system's order. Raises CallFailed."""
         if self.path:
             return [(socket.AF_UNIX, self.path)]
         with contextlib.suppress(ValueError):
@@ -96,13 +73,17 @@ class Address:
         thread = threading.Thread(target=look_up, name=f"look up {self.host}", daemon=True)
         thread.start()
         while thread.is_alive() and not sockets.closed:
-            thread.join(deadline.part(_RESOLVE_SLICE, 1))
+            thread.join(deadline.part(_RESOLVE_SLICE, 1).remaining())
         if failed:
             raise unavailable(f"DNS resolution failed for {self.target}: {failed[0]}")
         return found
 
+    def name_of(self, place: Place) -> str:
+        """``place`` for messages."""
+        return self.target if self.path or place[1][0] == self.host else f"{self.target} ({place[1][0]})"
 
-def _connect(made: socket.socket, place: Any, deadline: Deadline, sockets: Sockets) -> None:
+
+def connect(made: socket.socket, place: Any, deadline: Deadline, sockets: Sockets) -> None:
     """Raises OSError, or CallFailed when the deadline has passed."""
     while (code := made.connect_ex(place)) == errno.EAGAIN and not sockets.closed:
         deadline.remaining()

@@ -32,7 +32,9 @@ class Deadline:
         left = self.remaining()
         return None if left is None else min(left, _LONGEST) * 1e3
 
-    def part(self, most: float, shares: int) -> float:
-        """Seconds for one of ``shares`` steps: at most ``most``. Raises CallFailed (DEADLINE_EXCEEDED)."""
+    def part(self, most: float, shares: int) -> Deadline:
+        """For one of ``shares`` steps, which gets ``most`` seconds at most. Raises CallFailed (DEADLINE_EXCEEDED)."""
         left = self.remaining()
-        return most if left is None else min(most, left / shares)
+        if left is None:
+            return Deadline(most)
+        return self if left <= most and shares == 1 else Deadline(min(most, left / shares))

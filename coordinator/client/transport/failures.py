@@ -29,7 +29,7 @@ _OF_HTTP = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.UNAVAILABLE,
 }
-_CODES = {str(code.value[0]).encode(): code for code in grpc.StatusCode}
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class CallFailed(grpc.RpcError):
@@ -64,7 +64,7 @@ def unavailable(details: str) -> CallFailed:
 
 def violation(name: str, what: object) -> CallFailed:
     """The server at ``name`` broke a rule of the protocol."""
-    return CallFailed(grpc.StatusCode.INTERNAL, f"{name} does not speak gRPC as it should: {what}")
+    return CallFailed(grpc.StatusCode.INTERNAL, f"{name} breaks a rule of HTTP/2: {what}")
 
 
 def of_reset(name: str, reason: int) -> CallFailed:
@@ -85,8 +85,9 @@ def of_http(status: int | None, content_type: bytes) -> CallFailed:
 
 
 def code_of(field: bytes) -> grpc.StatusCode:
-    """What ``grpc-status`` says; UNKNOWN for what gRPC does not define."""
-    return _CODES.get(field, grpc.StatusCode.UNKNOWN)
+    """What ``grpc-status`` says; UNKNOWN for what is none of gRPC's numbers."""
+    number = int(field) if field.isdigit() and len(field) < 8 else -1
+    return _CODES.get(number, grpc.StatusCode.UNKNOWN)
 
 
 def reason_of(error: OSError) -> str:

@@ -20,6 +20,7 @@ _HEADER = struct.Struct(">IBI")  # payload's size << 8 | kind, flags, stream
 _DATA, _HEADERS, _CONTINUATION = 0, 1, 9
 _END_STREAM, _END_HEADERS, _PADDED = 1, 4, 8
 _CALM = 11
+_HTTP_1 = b"HTTP/1."
 
 
 class Data(NamedTuple):
@@ -54,9 +55,12 @@ class Framing:
         self.codec.set_max_recv_frame_size(MAX_FRAME)
 
     def whole(self) -> bool:
-        """Whether the next frame is here altogether."""
+        """Whether the next frame is here altogether, or will never be held as one."""
         held = self._link.held
-        return held >= _HEADER.size and held >= _HEADER.size + self._header()[0]
+        if held < _HEADER.size:
+            return False
+        size = _HEADER.size + self._header()[0]
+        return held >= size or size > CAPACITY
 
     def next(self, deadline: Deadline) -> Data | list[Any]:
         """The next frame, or what it completes. Raises CallFailed."""
@@ -71,7 +75,8 @@ class Framing:
         if whole > CAPACITY:
             if kind in (_HEADERS, _CONTINUATION):
                 raise headers_too_large(link.name)
-            raise violation(link.name, f"a frame of kind {kind} has {size} bytes")
+            http1 = bytes(link.peek(len(_HTTP_1))) == _HTTP_1
+            raise violation(link.name, "it speaks HTTP/1" if http1 else f"a frame of kind {kind} has {size} bytes")
         while link.held < whole:
             link.fill(deadline)
         raw = bytes(link.peek(whole))

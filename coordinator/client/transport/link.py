@@ -12,6 +12,7 @@ from coordinator.client.transport.failures import CallFailed, reason_of, unavail
 CAPACITY = (64 << 10) + 9  # bytes that are held at most
 _AT_ONCE = 512  # pieces handed to the kernel together; it takes 1024
 _JOINED = 64 << 10  # bytes; less are copied together rather than handed over in pieces
+_NEVER = Deadline(None)
 
 
 class Link:
@@ -89,9 +90,11 @@ class Link:
                 self._unsent.append(memoryview(piece))
                 self._unsent_bytes += len(piece)
 
-    def flush(self) -> None:
-        """Sends without waiting. Where that fails, for good, reading goes on and tells: the answer may be here."""
+    def flush(self, deadline: Deadline = _NEVER) -> None:
+        """Sends without waiting, until it would have to. Where sending fails, for good, reading goes on and tells: the
+        answer may be here. Raises CallFailed for the deadline."""
         while self._unsent:
+            deadline.remaining()
             try:
                 self._took(self._send())
             except BlockingIOError:
@@ -107,18 +110,16 @@ class Link:
         return bool(self._broken)
 
     def wait(self, deadline: Deadline) -> bool:
-        """Whether there is something to read; if not, some of what is unsent could be sent. Raises CallFailed."""
-        while True:
-            milliseconds = deadline.milliseconds()
+        """Sends what is unsent; True once there is something to read, False once all is sent. Raises CallFailed."""
+        while self._unsent:
+            self.flush(deadline)
             if not self._unsent:
-                if self._reading.poll(milliseconds):
-                    return True
-                continue
-            for _, events in self._both.poll(milliseconds):
-                if events & ~select.POLLOUT:
-                    return True
-                self.flush()
                 return False
+            if any(events & ~select.POLLOUT for _, events in self._both.poll(deadline.milliseconds())):
+                return True
+        while not self._reading.poll(deadline.milliseconds()):
+            pass
+        return True
 
     def _send(self) -> int:
         if self._unsent_bytes <= _JOINED:

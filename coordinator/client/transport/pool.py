@@ -6,11 +6,16 @@ import contextlib
 import time
 from collections.abc import Iterable
 
-from coordinator.client.transport.address import Address
+import grpc
+
+from coordinator.client.transport.address import Address, Place, connect
 from coordinator.client.transport.deadline import Deadline
+from coordinator.client.transport.failures import CallFailed, reason_of, unavailable
+from coordinator.client.transport.link import Link
 from coordinator.client.transport.session import Session
 from coordinator.client.transport.sockets import Sockets
 
+CONNECT_SECONDS = 20.0  # within which a server has to say that it speaks HTTP/2, as gRPC has it
 MOST_IDLE = 32
 IDLE_SECONDS = 60.0  # after which a connection that nobody needed is closed, when another one is given back
 
@@ -38,14 +43,7 @@ class Pool:
             if session.usable():
                 return session
             self.drop(session)
-        link = self._address.connect(deadline, self._sockets)
-        session = Session(link, self._address.authority, self._fields)
-        try:
-            session.greet(deadline)
-        except BaseException:
-            self.drop(session)
-            raise
-        return session
+        return self._connected(deadline)
 
     def give_back(self, session: Session) -> None:
         """After a call that has ended; it is closed if it is of no more use."""
@@ -72,3 +70,32 @@ class Pool:
         with contextlib.suppress(IndexError):
             while True:
                 self.drop(self._idle.pop()[1])
+
+    def _connected(self, deadline: Deadline) -> Session:
+        """With the first of the server's addresses at which HTTP/2 is spoken. Raises CallFailed."""
+        places = self._address.places(deadline, self._sockets)
+        why = "there is none"
+        for index, place in enumerate(places):
+            soon = deadline.part(CONNECT_SECONDS, len(places) - index)
+            name = self._address.name_of(place)
+            try:
+                return self._greeted(place, name, soon)
+            except OSError as error:
+                why = f"{name}: {reason_of(error)}"
+            except CallFailed as error:
+                deadline.remaining()  # raises where it is this one that has passed
+                late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                why = f"{name}: it did not answer" if late else error.details()
+        raise unavailable(f"failed to connect to all addresses; last error: {why}")
+
+    def _greeted(self, place: Place, name: str, deadline: Deadline) -> Session:
+        """Raises CallFailed, OSError."""
+        made = self._sockets.open(place[0])
+        try:
+            connect(made, place[1], deadline, self._sockets)
+            session = Session(Link(made, name), self._address.authority, self._fields)
+            session.greet(deadline)
+        except BaseException:
+            self._sockets.close(made)
+            raise
+        return session
