@@ -35,7 +35,7 @@ class Client:
     ``target`` is HOST:PORT or unix:/path. ``retries`` makes failed calls again: a number, True (until the call's
     deadline), or a `RetryPolicy`; default none. ``timeout`` is the deadline of a call, retries included, in seconds,
     unless the call is given its own. ``tls`` is True, a CA file, or a `Tls`; ``token`` a bearer token; ``options`` gRPC
-    channel options.
+    channel options, with which every call is grpcio's; `coordinator.client.transport` tells what else is.
 
     Every failure raises `RequestError`, with ``.code()``, ``.details()``, ``.request_id`` and ``.retry_after``.
 
