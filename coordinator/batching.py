@@ -26,7 +26,7 @@ RETRY_FIRST, RETRY_MOST = 20, 5000  # milliseconds
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request in the queue. ``key`` is equal for requests that may share a forward, None for one that may not."""
+    """One request. ``key`` is equal for requests that may share a forward, None for one that may not."""
 
     request: InferRequest
     entry: ModelVersion
@@ -80,13 +80,16 @@ class Queue:
         if not self._admission.admits(self.depth + 1, batches, self._pipeline.running(), self._loop.time()):
             raise self._full()
 
+    def passed(self, ticket: Ticket) -> bool:
+        """Whether the ticket went by an idle queue: there was nothing to wait for, nor to be joined with."""
+        if self.depth or self._pipeline.running() or self._pipeline.free() <= 0 or self._late(ticket):
+            return False
+        ticket.left = True
+        self._pipeline.dispatch([ticket])
+        return True
+
     def submit(self, ticket: Ticket) -> None:
         """Raises ResourceExhausted when too many wait. The ticket's future is answered sooner or later."""
-        idle = not self.depth and not self._pipeline.running() and self._pipeline.free() > 0
-        if idle and not self._late(ticket):
-            ticket.left = True  # nothing to wait for, nor to be joined with
-            self._pipeline.dispatch([ticket])
-            return
         batches = self._batches + self._change(ticket, 1)
         if not self._admission.admits(self.depth + 1, batches, self._pipeline.running(), self._loop.time()):
             if self._admission.excessive(batches):
@@ -104,7 +107,7 @@ class Queue:
 
     def pump(self) -> None:
         """Dispatches what can be; called whenever something was queued or came back."""
-        while self._pipeline.free() > 0:
+        while self._heap and self._pipeline.free() > 0:
             head = self._head()
             if head is None or self._may_grow(head):
                 return

@@ -14,7 +14,6 @@ from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import tensor_pb2
 
 TENSOR_DATA = 4  # Tensor.data
-_SMALL = 8192  # bytes; below, protobuf's own copy is cheaper than walking the fields here
 _REQUEST: wire.Path = {pb.ForwardRequest.INPUTS_FIELD_NUMBER: {TENSOR_DATA: wire.ONE}}
 _DTYPES: dict[int, DataType] = {int(dtype): dtype for dtype in DataType}
 _RESPONSE_OUTPUTS = pb.ForwardResponse.OUTPUTS_FIELD_NUMBER
@@ -27,7 +26,7 @@ _STREAM_REQUEST: wire.Path = {
 def parse_forward(raw: Buffer) -> InferRequest:
     """Raises InvalidArgument when the bytes are no ForwardRequest, or a tensor's dtype or shape is none."""
     message = pb.ForwardRequest()
-    if len(raw) >= _SMALL:
+    if len(raw) >= wire.SMALL:
         return request_of(message, _parse(message, raw, _REQUEST))
     try:
         message.ParseFromString(bytes(raw))

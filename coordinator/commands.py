@@ -33,7 +33,7 @@ class BatchInput:
 
     @property
     def byte_size(self) -> int:
-        return sum(len(segment) for segment in self.segments)
+        return sum(map(len, self.segments))
 
 
 @dataclass(slots=True)

@@ -14,10 +14,10 @@ from coordinator.catalog import Catalog, ModelVersion
 from coordinator.commands import BatchInput, Execute
 from coordinator.config import Config
 from coordinator.errors import ServiceError, describe
-from coordinator.fleet import Fleet
+from coordinator.fleet import DRAINING, Fleet
 from coordinator.generation import Answers, Ending
 from coordinator.metrics import Metrics
-from coordinator.types import InferRequest, InferResult, TensorValue
+from coordinator.types import Buffer, InferRequest, InferResult, TensorValue
 from coordinator.validation import check
 from coordinator.wire import flat
 
@@ -41,18 +41,16 @@ class Forwarder:
 
     async def run(self, request: InferRequest) -> InferResult:
         """Raises ServiceError. A caller that is cancelled leaves the queue; what was dispatched runs to its end."""
-        if self._fleet.knows_models:  # an unknown model stays unknown, whatever the group does
-            self._catalog.find(request.model, request.version)
-        number = self._fleet.ready().number
-        entry = self._catalog.ready(request.model, request.version, number)
+        entry = self._entry(request)
         started = self._loop.time()
         rows = check(request, entry).rows
-        key = join_key(request, entry) if rows and entry.joinable else None
-        ticket = Ticket(request, entry, rows, key, self._loop.create_future(), started)
+        ticket = Ticket(request, entry, rows, None, self._loop.create_future(), started)
         calm = not self.queue.depth
         self._enter(entry)
         try:
-            self.queue.submit(ticket)
+            if not self.queue.passed(ticket):
+                ticket.key = join_key(request, entry) if rows and entry.joinable else None
+                self.queue.submit(ticket)
             result = await ticket.future
         except BaseException:
             ticket.future.cancel()
@@ -64,6 +62,14 @@ class Forwarder:
         if calm:
             self._admission.answered(now - started, now)
         return result
+
+    def _entry(self, request: InferRequest) -> ModelVersion:
+        generation = self._fleet.generation
+        if generation is not None and self._fleet.state != DRAINING:
+            return self._catalog.ready(request.model, request.version, generation.number)
+        if self._fleet.knows_models:  # an unknown model stays unknown, whatever the group does
+            self._catalog.find(request.model, request.version)
+        raise self._fleet.unavailable()
 
     async def finished(self) -> None:
         """Until nothing that was accepted waits for its answer."""
@@ -137,7 +143,7 @@ class Forwarder:
             _count_failed(batch)
             return
         ranks = [(answer.forward, answer.collective, answer.copy) for answer in answers if answer is not None]
-        forward, collective, copy = (max(column) for column in zip(*ranks, strict=True))
+        forward, collective, copy = map(max, zip(*ranks, strict=True))
         rows = sum([ticket.rows for ticket in batch])
         for ticket, values in zip(batch, outputs, strict=True):
             if ticket.future.done():
@@ -152,21 +158,23 @@ class Forwarder:
 def _command(batch: Sequence[Ticket]) -> Execute:
     first = batch[0].request
     entry = batch[0].entry
-    inputs = []
-    for index, value in enumerate(first.inputs):
-        shape = value.shape
-        if len(batch) > 1:
-            shape = (sum(ticket.rows for ticket in batch), *value.shape[1:])
-        segments = [flat(ticket.request.inputs[index].data or b"") for ticket in batch]
-        inputs.append(BatchInput(TensorValue(value.name, value.dtype, shape, None), list(segments)))
-    return Execute(
-        model=entry.name,
-        version=entry.version,
-        inputs=inputs,
-        outputs=first.outputs,
-        request_ids=[ticket.request.request_id for ticket in batch],
-        trace_context=first.trace_context,
-    )
+    if len(batch) == 1:
+        ids = [first.request_id]
+        inputs = [
+            BatchInput(TensorValue(value.name, value.dtype, value.shape, None), [flat(value.data or b"")])
+            for value in first.inputs
+        ]
+    else:
+        ids = [ticket.request.request_id for ticket in batch]
+        inputs = [_joined(batch, index) for index in range(len(first.inputs))]
+    return Execute(entry.name, entry.version, inputs, first.outputs, ids, first.trace_context)
+
+
+def _joined(batch: Sequence[Ticket], index: int) -> BatchInput:
+    value = batch[0].request.inputs[index]
+    shape = (sum([ticket.rows for ticket in batch]), *value.shape[1:])
+    segments: list[Buffer] = [flat(ticket.request.inputs[index].data or b"") for ticket in batch]
+    return BatchInput(TensorValue(value.name, value.dtype, shape, None), segments)
 
 
 def _answer_all(batch: Sequence[Ticket], error: BaseException) -> None:

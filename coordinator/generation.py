@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from coordinator.channels import CommandChannel, Dispatch
 from coordinator.commands import Answer, Command, Execute, Executed, Failed, describe
@@ -60,6 +61,8 @@ class Generation:
         self._seq = 0
         self._suspicion: asyncio.TimerHandle | None = None
         self._leaving: Ending | None = None
+        self.alive = True
+        """It has not ended, and takes commands."""
         self.ended: asyncio.Future[Ending] = self._loop.create_future()
         self.last_completed = self._loop.time()
 
@@ -67,11 +70,6 @@ class Generation:
         """``memory`` is shared with the ranks of this host, if there are any."""
         self._channels = channels
         self._memory = memory
-
-    @property
-    def alive(self) -> bool:
-        """It has not ended, and takes commands."""
-        return not self.ended.done() and self._leaving is None
 
     @property
     def in_flight(self) -> int:
@@ -100,8 +98,9 @@ class Generation:
         of them is there; or the request's own error where all ranks raised it alike, or UNAVAILABLE when the generation
         has ended.
         """
-        ending = self.ended.result() if self.ended.done() else self._leaving
-        if ending is not None:
+        if not self.alive:
+            ending = self.ended.result() if self.ended.done() else self._leaving
+            assert ending is not None
             _tell(done, None, self._unavailable(ending))
             return
         dispatch = Dispatch(self.number, self._seq, command)
@@ -109,7 +108,7 @@ class Generation:
             if self._memory is not None and isinstance(command, Execute):
                 dispatch.placed, dispatch.lease = self._memory.place(self.number, self._seq, command)
         except ServiceError as error:
-            self._loop.call_soon(done, None, error)
+            self._loop.call_soon(_tell, done, None, error)
             return
         self._seq += 1
         self._pending[dispatch.seq] = _Pending(command, self._loop.time(), done)
@@ -119,6 +118,7 @@ class Generation:
     def leave(self, ending: Ending) -> None:
         """Ends in good order: takes no more commands, and ends once those in flight are answered. Idempotent."""
         if self.alive:
+            self.alive = False
             self._leaving = ending
             self._end_if_left()
 
@@ -138,6 +138,7 @@ class Generation:
             culprit, cause = found
             # Its peers were left waiting, or went on to another command: what they saw is a symptom.
             ending = cause if ending.kind in ("collective", "broken") else ending
+        self.alive = False
         self.ended.set_result(ending)
         if self._suspicion is not None:
             self._suspicion.cancel()
@@ -202,9 +203,10 @@ class Generation:
             first = failures[min(failures)]
             _tell(pending.done, None, from_code(first.code, first.message))
         else:
-            answers = [pending.answers[rank] for rank in range(self._world_size)]
-            _tell(pending.done, [answer if isinstance(answer, Executed) else None for answer in answers], None)
-        self._end_if_left()
+            answers: Any = [pending.answers[rank] for rank in range(self._world_size)]  # no Failed among them
+            _tell(pending.done, answers, None)
+        if self._leaving is not None:
+            self._end_if_left()
 
     def _alike(self, failures: dict[int, Failed]) -> bool:
         return len(failures) == self._world_size and len({(f.code, f.kind) for f in failures.values()}) == 1

@@ -27,7 +27,6 @@ _RAW_INPUT = 7  # ModelInferRequest.raw_input_contents
 _RAW_INPUTS = {_RAW_INPUT: wire.MANY}
 _ID, _RAW_OUTPUTS = 3, 6  # ModelInferResponse.id and .raw_output_contents
 _STREAM_RESPONSE = 2  # ModelStreamInferResponse.infer_response
-_SMALL = 8192  # bytes; below, protobuf's own copy is cheaper than walking the fields here
 _REMEMBERED = 1024  # requests, and answers, whose beginnings are known
 _LONGEST = 4096  # bytes of a beginning that is remembered
 
@@ -47,7 +46,7 @@ _TYPED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decoded:
     """``id`` is the client's own, echoed in the answer; ``timeout`` is in seconds, None when the client set none."""
 
@@ -120,7 +119,7 @@ def decode(data: bytes) -> Decoded:
 def _decode(data: bytes) -> Decoded:
     raws: list[Buffer]
     try:
-        if len(data) < _SMALL:
+        if len(data) < wire.SMALL:
             header = _REQUEST.FromString(data)
             raws = list(header.raw_input_contents)
         else:

@@ -109,8 +109,7 @@ class InferenceService:
         except Exception as error:
             await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-        self._core.metrics.received_bytes.inc(len(data))
-        self._core.metrics.sent_bytes.inc(len(answer))
+        asyncio.get_running_loop().call_soon(self._core.metrics.carried, len(data), len(answer))  # behind the answer
         return answer
 
     async def stream_infer(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
@@ -132,8 +131,7 @@ class InferenceService:
                 if strict:
                     raise shown from error
                 return inference_codec.encode_failure(shown, id)
-            self._core.metrics.received_bytes.inc(len(data))
-            self._core.metrics.sent_bytes.inc(len(answer))
+            self._core.metrics.carried(len(data), len(answer))
             return answer
 
         try:
@@ -143,10 +141,10 @@ class InferenceService:
         except ServiceError as error:
             await abort(context, error, about.request_id)
 
-    async def _forward(self, decoded: inference_codec.Decoded, call: Call, method: str) -> InferResult:
+    def _forward(self, decoded: inference_codec.Decoded, call: Call, method: str) -> Awaitable[InferResult]:
         if decoded.timeout is not None:
             decoded.request.deadline = asyncio.get_running_loop().time() + decoded.timeout
-        return await requests.run(self._core, self._tracing, decoded.request, call, method, unready=True)
+        return requests.run(self._core, self._tracing, decoded.request, call, method, unready=True)
 
     # ---- health and metadata
 

@@ -11,6 +11,7 @@ import array
 import asyncio
 import errno
 import fcntl
+import functools
 import hashlib
 import mmap
 import os
@@ -28,7 +29,7 @@ from coordinator.codec import tensor_pieces
 from coordinator.commands import Execute, Executed, control_message, executed, failed
 from coordinator.errors import InvalidArgument
 from coordinator.types import Buffer
-from coordinator.wire import nested, number, payload
+from coordinator.wire import VARINT, nested, number, payload, varint
 from protos.tensor_parallel.v1 import shard_pb2 as pb
 
 MAX_MESSAGE = 128 << 10
@@ -43,6 +44,10 @@ _SEQ = pb.ChannelRequest.SEQ_FIELD_NUMBER
 _EXECUTE = pb.ChannelRequest.EXECUTE_FIELD_NUMBER
 _REQUEST_IDS = pb.ExecuteModel.REQUEST_IDS_FIELD_NUMBER
 _INPUTS = pb.ExecuteModel.INPUTS_FIELD_NUMBER
+_SEQ_TAG = varint(_SEQ << 3 | VARINT)
+# As plain numbers: the operators of enums are several calls each.
+_CLOSE_ON_EXEC, _SILENT = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_NOSIGNAL)
+_CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _ANCILLARY = socket.CMSG_SPACE(MAX_ATTACHED * array.array("i").itemsize)
 
 
@@ -63,6 +68,7 @@ class LocalMemory:
     def __init__(self, world_size: int, *, reclaim: bool) -> None:
         self.arena = Arena(world_size, reclaim=reclaim)
         self._forms: dict[tuple[object, ...], _Form] = {}
+        self._numbered = functools.lru_cache(1)(lambda generation: number(_GENERATION, generation) + _SEQ_TAG)
 
     def place(self, generation: int, seq: int, command: Execute) -> tuple[bytes, Lease]:
         """Copies the inputs to where the ranks read them. Raises ServiceError."""
@@ -77,7 +83,7 @@ class LocalMemory:
                 pieces += entry.segments
         if not form.inline or form.needed > INLINE or command.trace_context:
             pieces.append(self._places(command, form, lease).SerializeToString())
-        raw = b"".join((number(_GENERATION, generation), number(_SEQ, seq), *nested(_EXECUTE, pieces)))
+        raw = b"".join((self._numbered(generation), varint(seq), *nested(_EXECUTE, pieces)))
         if len(raw) > MAX_MESSAGE:
             raise InvalidArgument(f"a command of {len(raw)} bytes, tensors not counted, is too long")
         return raw, lease
@@ -178,10 +184,9 @@ class LocalChannel:
             raise
 
     def send(self, dispatch: Dispatch) -> None:
-        if isinstance(dispatch.command, Execute):
-            raw = dispatch.placed
-            assert raw is not None
-        else:
+        raw = dispatch.placed
+        if raw is None:
+            assert not isinstance(dispatch.command, Execute)
             raw = control_message(dispatch.generation, dispatch.seq, dispatch.command).SerializeToString()
         self._owed[dispatch.seq] = dispatch
         self._transmit(raw, self._unsent())
@@ -202,6 +207,8 @@ class LocalChannel:
     def _unsent(self) -> list[int]:
         """Descriptors of the segments that this rank has not been given yet."""
         segments = self._memory.arena.segments
+        if len(segments) == self._segments_sent:
+            return []
         new = segments[self._segments_sent : self._segments_sent + MAX_ATTACHED]
         self._segments_sent += len(new)
         return [segment.descriptors[self._rank] for segment in new]
@@ -217,7 +224,7 @@ class LocalChannel:
             raw, descriptors = self._waiting[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
             try:
-                self._socket.sendmsg([raw], rights, socket.MSG_NOSIGNAL)
+                self._socket.sendmsg([raw], rights, _SILENT)
             except BlockingIOError:
                 self._loop.add_writer(self._socket, self._resume)
                 return
@@ -238,9 +245,7 @@ class LocalChannel:
         if self._socket is None:
             return
         try:
-            size, ancillary, flags, _ = self._socket.recvmsg_into(
-                (self._incoming,), _ANCILLARY, socket.MSG_CMSG_CLOEXEC
-            )
+            size, ancillary, flags, _ = self._socket.recvmsg_into((self._incoming,), _ANCILLARY, _CLOSE_ON_EXEC)
         except BlockingIOError:
             return
         except ConnectionResetError as error:
@@ -252,11 +257,11 @@ class LocalChannel:
         except OSError as error:
             self._disconnected(f"its socket failed: {error.strerror}")
             return
-        descriptors = _descriptors(ancillary)
+        descriptors = _descriptors(ancillary) if ancillary else []
         try:
             if not size:
                 self._disconnected(self._reset or "it closed its socket")
-            elif flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            elif flags & _CUT:
                 self._disconnected("it sent a message that is too long")
             else:
                 self._take(_parse(self._incoming[:size]), descriptors)

@@ -40,7 +40,7 @@ class Metrics:
     """Every metric that the coordinator exports, and the verbs by which the rest of it reports. Times are seconds.
 
     Called from the event loop; the HTTP thread exports (prometheus_client's values are locked). Gauges and counters
-    without a verb are set directly: ``generation``, ``serving``, ``received_bytes``, ``sent_bytes``.
+    without a verb are set directly: ``generation``, ``serving``.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None, *, version: str = "") -> None:
@@ -103,6 +103,11 @@ class Metrics:
     def answered(self, model: str, seconds: float) -> None:
         """Every rank answered a forward (or its generation ended), ``seconds`` after its dispatch."""
         self._of(model)[1].forward.observe(seconds)
+
+    def carried(self, received: int, sent: int) -> None:
+        """A request of so many bytes got an answer of so many."""
+        self.received_bytes.inc(received)
+        self.sent_bytes.inc(sent)
 
     def watch(self, queue_depth: Callable[[], float], in_flight: Callable[[], float]) -> None:
         """Reads these two when asked, so that the hot path does not write them."""

@@ -17,7 +17,7 @@ REQUEST_ID = "x-request-id"
 _SAFE = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """``deadline`` is in the event loop's clock, None when the client set none. ``made``: the id is our own."""
 
@@ -34,9 +34,11 @@ class Call:
 def call_of(context: grpc.aio.ServicerContext[Any, Any], given: str = "") -> Call:
     """The id is that of the metadata, else ``given`` (a field of the request), else a new one."""
     metadata = context.invocation_metadata() or ()
-    candidates = [value for key, value in metadata if key == REQUEST_ID and isinstance(value, str)]
-    candidates.append(given)
-    safe = [name for name in candidates if name and _SAFE.fullmatch(name)]
+    safe = given if given and _SAFE.fullmatch(given) else ""
+    for key, value in metadata:
+        if key == REQUEST_ID and isinstance(value, str) and _SAFE.fullmatch(value):
+            safe = value
+            break
     remaining = context.time_remaining()
     deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
-    return Call(safe[0] if safe else os.urandom(16).hex(), deadline, carrier_of(metadata), made=not safe)
+    return Call(safe or os.urandom(16).hex(), deadline, carrier_of(metadata), made=not safe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeAlias
@@ -73,8 +74,7 @@ class CoordinatorService:
         except Exception as error:
             await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-        self._core.metrics.received_bytes.inc(len(raw))
-        self._core.metrics.sent_bytes.inc(len(answer))
+        asyncio.get_running_loop().call_soon(self._core.metrics.carried, len(raw), len(answer))  # behind the answer
         return answer
 
     async def run(self, request: InferRequest, call: Call, method: str) -> InferResult:

@@ -10,7 +10,6 @@ from coordinator.catalog import ModelVersion
 from coordinator.dtypes import DataType
 from coordinator.errors import InvalidArgument
 from coordinator.types import Accepted, InferRequest, TensorValue
-from coordinator.wire import flat
 from protos.tensor_parallel.v1 import tensor_pb2
 
 FREE = -1
@@ -29,7 +28,7 @@ def check(request: InferRequest, entry: ModelVersion) -> Accepted:
             entry.accepted.clear()
         entry.accepted[form] = accepted
     for value, size in zip(request.inputs, accepted.sizes, strict=True):
-        given = len(flat(value.data or b""))
+        given = memoryview(value.data or b"").nbytes
         if given != size:
             raise InvalidArgument(
                 f"input {value.name!r} has {given} bytes, but its shape {list(value.shape)} of "

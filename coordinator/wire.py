@@ -11,6 +11,7 @@ https://protobuf.dev/programming-guides/encoding/.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Union
 
 from coordinator.types import Buffer
@@ -23,6 +24,7 @@ ONE = "one"
 MANY = "many"
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
+SMALL = 8192  # bytes of a message; below, protobuf's own copy of the payloads is cheaper than walking the fields here
 
 
 class Malformed(ValueError):
@@ -110,15 +112,21 @@ def number(field: int, value: int) -> bytes:
     return varint(field << 3 | VARINT) + varint(value)
 
 
+@lru_cache(4096)
+def _beginning(number: int, size: int) -> bytes:
+    """What stands before the ``size`` bytes of field ``number``."""
+    return varint(number << 3 | LENGTH) + varint(size)
+
+
 def nested(number: int, pieces: Iterable[Buffer]) -> list[Buffer]:
     """The pieces of field ``number``, a message whose own pieces are ``pieces`` (bytes each: len() is their size)."""
     inner = list(pieces)
-    return [varint(number << 3 | LENGTH) + varint(sum(map(len, inner))), *inner]
+    return [_beginning(number, sum(map(len, inner))), *inner]
 
 
 def payload(number: int, data: Buffer) -> list[Buffer]:
     """The pieces of byte field ``number``."""
-    return nested(number, (data,))
+    return [_beginning(number, len(data)), data]
 
 
 def flat(data: Buffer) -> memoryview:

@@ -61,6 +61,9 @@ INLINE_BYTES = 16 << 10
 """Outputs that found no room in the arena go into the message itself up to this size."""
 
 _ANCILLARY = socket.CMSG_SPACE(MAX_ATTACHED * array.array("i").itemsize)
+# As plain numbers: the operators of enums are several calls each.
+_CLOSE_ON_EXEC, _SILENT = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_NOSIGNAL)
+_CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 class LocalChannel:
@@ -120,6 +123,8 @@ class LocalChannel:
 
     def outputs(self, execute: shard_pb2.ExecuteModel, response: Response, values: Mapping[str, torch.Tensor]) -> None:
         result = response.execute
+        if not values:
+            return
         refs = self._arena.place(values, execute.arena_outputs) if execute.HasField("arena_outputs") else None
         inline = refs is None and sum([value.nbytes for value in values.values()]) <= INLINE_BYTES
         hosted = tensors.to_host(list(values.values())) if inline else values.values()
@@ -162,12 +167,14 @@ class LocalChannel:
 def receive_message(connection: socket.socket, room: memoryview) -> tuple[memoryview, list[int]]:
     """One message, which is put into ``room``, and the descriptors attached to it; nothing at the end. Raises OSError
     if it was too long."""
-    size, ancillary, flags, _ = connection.recvmsg_into((room,), _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+    size, ancillary, flags, _ = connection.recvmsg_into((room,), _ANCILLARY, _CLOSE_ON_EXEC)
+    if not ancillary and not flags & _CUT:
+        return room[:size], []
     descriptors = array.array("i")
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if flags & _CUT:
         for descriptor in descriptors:
             os.close(descriptor)
         raise OSError("a message on the local channel is too long")
@@ -178,9 +185,9 @@ def send_message(connection: socket.socket, data: bytes, descriptors: list[int])
     """One message with ``descriptors`` attached. Raises OSError."""
     if descriptors:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
-        connection.sendmsg([data], [rights], socket.MSG_NOSIGNAL)
+        connection.sendmsg([data], [rights], _SILENT)
     else:
-        connection.send(data, socket.MSG_NOSIGNAL)
+        connection.send(data, _SILENT)
 
 
 Enter = Callable[[Channel, Callable[[], None]], None]

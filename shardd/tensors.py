@@ -136,9 +136,14 @@ class Kept:
 
 def to_host(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The same tensors, contiguous and on the CPU; device copies are started together and awaited once."""
-    if all(value.is_cpu for value in values):
-        return [value if value.is_contiguous() else value.contiguous() for value in values]
     hosts: list[Any] = []
+    for value in values:
+        if not value.is_cpu:
+            break
+        hosts.append(value.contiguous())
+    else:
+        return hosts
+    hosts = []
     for value in values:
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         hosts.append(host.copy_(value.detach(), non_blocking=True))

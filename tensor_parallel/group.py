@@ -149,8 +149,14 @@ class Group:
         """Replace contiguous ``tensor`` by the sum over ranks."""
         if self.world_size == 1:
             return tensor
-        self.stats.all_reduces += 1
-        return self._timed(tensor, self.backend.all_reduce_sum_)
+        # As ``_timed``, by a shorter way: a small model's time is that of its all-reduces.
+        backend, stats = self._backend or self.backend, self.stats
+        stats.all_reduces += 1
+        stats.bytes += tensor.nbytes
+        start = perf_counter()
+        backend.all_reduce_sum_(tensor)
+        stats.seconds += perf_counter() - start
+        return tensor
 
     def all_gather(self, tensor: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """Concatenate the ranks' contiguous ``tensor``s along ``dim``, where rank ``r`` holds ``sizes[r]`` elements."""

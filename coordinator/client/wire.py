@@ -10,7 +10,7 @@ from typing import cast
 
 from coordinator.client.arrays import WireTensor
 from coordinator.types import Buffer
-from coordinator.wire import ONE, lift, nested, payload
+from coordinator.wire import ONE, SMALL, lift, nested, payload
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import tensor_pb2
 
@@ -18,7 +18,6 @@ _INPUTS = pb.ForwardRequest.INPUTS_FIELD_NUMBER
 _DATA = tensor_pb2.Tensor.DATA_FIELD_NUMBER
 _CHUNK = pb.ForwardStreamRequest.CHUNK_FIELD_NUMBER
 _CHUNK_DATA = pb.TensorChunk.DATA_FIELD_NUMBER
-_SMALL = 8192  # bytes; below, protobuf's own copy is cheaper than walking the fields here
 _OUTPUT_DATA = {pb.ForwardResponse.OUTPUTS_FIELD_NUMBER: {_DATA: ONE}}
 
 
@@ -43,7 +42,7 @@ def decode_forward(message: Buffer) -> list[tuple[tensor_pb2.Tensor, memoryview]
 
     Raises ValueError, or protobuf's DecodeError, for bytes that are no ForwardResponse.
     """
-    if len(message) < _SMALL:
+    if len(message) < SMALL:
         return [(meta, memoryview(meta.data)) for meta in pb.ForwardResponse.FromString(bytes(message)).outputs]
     rest, found = lift(message, _OUTPUT_DATA)
     outputs = pb.ForwardResponse.FromString(rest).outputs

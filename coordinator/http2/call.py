@@ -5,25 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 from httpunk import HeaderMap
 
-from coordinator.http2.connection import MAX_HEADER_LIST
 from coordinator.http2.context import Aborted, Context, Details
-from coordinator.http2.fields import MalformedField, Metadata, fields_of, message_field, metadata_of, seconds_of
-from coordinator.http2.messages import ENCODINGS, IDENTITY, BodyError, Messages, prefix
+from coordinator.http2.fields import MalformedField, Metadata, fields_of, message_field
+from coordinator.http2.heads import Heads
+from coordinator.http2.messages import ENCODINGS, BodyError, Messages, prefix
 from coordinator.http2.stream import Gone, Stream
 from coordinator.logging import get_logger
 
 Handler = Any  # grpc.RpcMethodHandler, which is generic in stubs alone
 
-_GRPC = b"application/grpc"
 _HEAD = [("content-type", "application/grpc"), ("grpc-accept-encoding", ",".join(name.decode() for name in ENCODINGS))]
 _HEAD_MAP = HeaderMap(_HEAD)
+_OK = ("grpc-status", "0")
 _TURN = 100  # messages of one call that are read before others have their turn
 _INLINE = 1 << 16  # bytes; a longer message is not copied to stand behind its prefix
 
@@ -34,6 +33,7 @@ class Serving:
 
     find: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
     limit: int
+    heads: Heads = field(default_factory=Heads)
 
 
 class Requests:
@@ -68,34 +68,20 @@ class Call:
 
     async def run(self) -> None:
         """Never raises but when its task is cancelled from elsewhere."""
-        head = self._stream.head
-        fields = head.headers.raw_items()
-        named = dict(fields)
-        kind = named.get(b"content-type", b"")
+        frame = self._stream.head
         try:
-            if head.method != "POST" or not (kind == _GRPC or kind.startswith((_GRPC + b"+", _GRPC + b";"))):
-                raise BodyError(grpc.StatusCode.UNKNOWN, "this port speaks gRPC: POST, content-type application/grpc")
-            if sum(map(len, chain.from_iterable(fields))) + 32 * len(fields) > MAX_HEADER_LIST:
-                message = f"the call's metadata has more than {MAX_HEADER_LIST} bytes"
-                raise BodyError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
-            encoding = named.get(b"grpc-encoding", IDENTITY)
-            if encoding not in ENCODINGS:
-                shown = encoding[:32].decode("latin-1")
-                raise BodyError(grpc.StatusCode.UNIMPLEMENTED, f"the compression {shown!r} is not known here")
-            timeout = named.get(b"grpc-timeout")
-            seconds = None if timeout is None else seconds_of(timeout)
-            details = Details(head.path or "", metadata_of(fields))
+            head = self._serving.heads.of(frame.method, frame.headers.raw_items())
         except BodyError as error:
             await self._finish((error.code, error.message), ())
         except MalformedField as error:
             await self._finish((grpc.StatusCode.INVALID_ARGUMENT, str(error)), ())
         else:
-            await self._timed(details, encoding, seconds)
+            await self._timed(Details(frame.path or "", head.metadata), head.encoding, head.seconds)
 
     async def _timed(self, details: Details, encoding: bytes, seconds: float | None) -> None:
         """Serves until done, until the deadline, or until the client has gone."""
         loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
+        task = self._stream.task
         assert task is not None
         ends = None if seconds is None else loop.time() + seconds
         timer = None if ends is None else loop.call_at(ends, self._cancel, task, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -202,7 +188,7 @@ class Call:
     async def _finish(self, status: tuple[grpc.StatusCode, str], trailing: Metadata, last: bytes | None = None) -> None:
         """The end of the answer, behind ``last`` if the status is OK; the whole of it if nothing was sent yet."""
         code, details = status
-        fields = [("grpc-status", str(code.value[0]))]
+        fields = [_OK if code is grpc.StatusCode.OK else ("grpc-status", str(code.value[0]))]
         if details:
             fields.append(("grpc-message", message_field(details)))
         try:

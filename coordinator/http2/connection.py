@@ -23,7 +23,7 @@ MAX_HEADER_LIST = 16 << 10  # bytes as HTTP/2 counts them, 32 more for each fiel
 _READ_HEADER_LIST = 16 * MAX_HEADER_LIST
 _TURN = 500  # frames that are acted upon before others have their turn
 _OWED = 1000  # control frames that a client may send while it reads no answers
-_PROTOCOL_ERROR, _INTERNAL_ERROR, _CALM = 1, 2, 11  # RFC 9113, section 7
+_PROTOCOL_ERROR, _CALM = 1, 11  # RFC 9113, section 7
 _OPTIONS: dict[str, Any] = {
     "initial_window_size": 8 << 20,
     "connection_window": 32 << 20,
@@ -79,7 +79,9 @@ class Connection(asyncio.Protocol):
         self._heard = True
         count = 0
         try:
-            for frame in self._frames(data):
+            # At first one frame at a time, because after the client's acknowledgement of our settings, in the same
+            # bytes, its frames may be larger than before.
+            for frame in self.state.receive(data) if self._acknowledged else self._one_at_a_time(data):
                 count += 1
                 act = self._dispatch.get(type(frame))  # None: priorities, which nobody heeds any more
                 if act is None:
@@ -88,7 +90,8 @@ class Connection(asyncio.Protocol):
                     act(frame)
                 except h2.H2StreamError as error:
                     self._refuse(error)
-            self._after(self.state.maybe_goaway_reply())
+            if flags := self.state.maybe_goaway_reply():
+                self._after(flags)
             self.flush()
             if count > _TURN:  # else a transport may read on for as long as there is something, past all other work
                 self._transport.pause_reading()
@@ -118,9 +121,7 @@ class Connection(asyncio.Protocol):
 
     # ---- frames
 
-    def _frames(self, data: bytes) -> Iterator[Any]:
-        """What ``data`` completes: at first one frame at a time, because after the client's acknowledgement of our
-        settings, in the same bytes, its frames may be larger than before."""
+    def _one_at_a_time(self, data: bytes) -> Iterator[Any]:
         while data and not self._acknowledged:
             piece, data = self._one_by_one.cut(data)
             yield from self.state.receive(piece)
@@ -135,21 +136,24 @@ class Connection(asyncio.Protocol):
             self.state.accepted(stream.id)
             if verdict.eof:
                 stream.arrived(None, False, True)
-            task = self._loop.create_task(self._serve(stream))
+            task = stream.task = self._loop.create_task(self._serve(stream))
             self.calls.add(task)
             task.add_done_callback(self._served)
         elif verdict.kind == h2.H2_HEADERS_TRAILERS:
             verdict.handle.arrived(None, False, True)
-        self._after(verdict.flags)
+        if verdict.flags:
+            self._after(verdict.flags)
 
     def _data(self, frame: Any) -> None:
         verdict = self.state.recv_data(frame)
         if verdict.handle is not None:
             verdict.handle.arrived(verdict.payload, verdict.budgeted, verdict.eof)
-        self._after(verdict.flags)
+        if verdict.flags:
+            self._after(verdict.flags)
 
     def _window_update(self, frame: Any) -> None:
-        _writable(self.state.recv_window_update(frame))
+        if woken := self.state.recv_window_update(frame):
+            _writable(woken)
 
     def _settings(self, frame: Any) -> None:
         self._count()
@@ -227,7 +231,8 @@ class Connection(asyncio.Protocol):
         """Makes room for as much as the servicer has taken."""
         if budgeted:
             self.state.release_data_frame(stream, size)
-        self._after(self.state.release_capacity(stream, size))
+        if flags := self.state.release_capacity(stream, size):
+            self._after(flags)
 
     def flush(self) -> None:
         """Writes what is pending, unless the client does not read."""
@@ -235,7 +240,8 @@ class Connection(asyncio.Protocol):
             batch, _ = self.state.take_pending()
             self._transport.write(memoryview(batch))  # a view of its own, as the transport may keep what it is given
             batch.release()
-            _writable(self.state.credit_written())
+            if woken := self.state.credit_written():
+                _writable(woken)
 
     # ---- the end
 

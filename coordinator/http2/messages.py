@@ -72,6 +72,16 @@ class Messages:
 
     async def only(self) -> bytes:
         """The one message of a unary request."""
+        first = await self._chunk()
+        if first is not None:
+            if _is_message(first) and len(first) <= self._limit:
+                rest = await self._chunk()
+                if rest is None:
+                    return first[_PREFIX.size :]  # as nearly every small request comes
+                self._held.append(rest)
+                self._size += len(rest)
+            self._held.appendleft(first)
+            self._size += len(first)
         try:
             data = await self.__anext__()
         except StopAsyncIteration:
@@ -119,6 +129,12 @@ class Messages:
             name = self._encoding.decode()
             raise BodyError(grpc.StatusCode.INVALID_ARGUMENT, f"a message cannot be unpacked as {name}")
         return unpacked
+
+
+def _is_message(chunk: bytes) -> bool:
+    """Whether it is one whole message, uncompressed."""
+    size = _PREFIX.size
+    return len(chunk) >= size and not chunk[0] and int.from_bytes(chunk[1:size], "big") == len(chunk) - size
 
 
 def _too_large(size: str, limit: int) -> BodyError:

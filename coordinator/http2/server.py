@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -25,6 +26,7 @@ class Server:
 
     def __init__(self, interceptors: Sequence[grpc.aio.ServerInterceptor], max_message_bytes: int) -> None:
         self._handlers: list[grpc.GenericRpcHandler] = []
+        self._found: dict[str, Handler] = {}
         self._sockets: list[socket.socket] = []
         self._listening: list[asyncio.AbstractServer] = []
         self._serving = Serving(_chain(interceptors, self._find), max_message_bytes)
@@ -38,8 +40,14 @@ class Server:
         """What generated code calls beside ``add_generic_rpc_handlers``, which has told the same."""
 
     async def _find(self, details: grpc.HandlerCallDetails) -> Handler | None:
+        known = self._found.get(details.method)
+        if known is not None:
+            return known
         found = (handlers.service(details) for handlers in self._handlers)
-        return next((handler for handler in found if handler is not None), None)
+        handler = next((handler for handler in found if handler is not None), None)
+        if handler is not None:  # names that clients make up are not kept
+            self._found[details.method] = handler
+        return handler
 
     def add_insecure_port(self, address: str) -> int:
         """Binds ``host:port`` or ``unix:path``; the port, 1 for a path. Raises OSError."""
@@ -88,18 +96,8 @@ class Server:
 def _chain(interceptors: Sequence[grpc.aio.ServerInterceptor], find: Any) -> Any:
     """The first interceptor is asked first."""
     for interceptor in reversed(interceptors):
-        find = _intercepted(interceptor, find)
+        find = functools.partial(interceptor.intercept_service, find)
     return find
-
-
-def _intercepted(
-    interceptor: grpc.aio.ServerInterceptor, find: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
-) -> Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]:
-    async def found(details: grpc.HandlerCallDetails) -> Handler | None:
-        handler: Handler | None = await interceptor.intercept_service(find, details)
-        return handler
-
-    return found
 
 
 def _bound(address: str) -> list[socket.socket]:

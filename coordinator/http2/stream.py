@@ -33,6 +33,7 @@ class Stream:
     def __init__(self, connection: Transmitting) -> None:
         self.id = 0
         self.head: Any = None  # httpunk's frame: method, path, headers
+        self.task: asyncio.Task[None] | None = None  # that serves it
         self.gone = False
         self.on_gone: Callable[[], None] | None = None
         self._connection = connection
@@ -65,7 +66,8 @@ class Stream:
         if data is not None:
             self._chunks.append((data, budgeted))
         self._ended = self._ended or ended
-        _wake(self._reader)
+        if self._reader is not None:
+            _wake(self._reader)
 
     def writable(self) -> None:
         _wake(self._writer)

@@ -107,9 +107,11 @@ class ShmBackend:
         carrier = _summable(tensor)
         code = DTYPE_CODES[carrier.dtype]
         with self._busy:
-            status = self._library.tp_all_reduce(self._open(), carrier.data_ptr(), carrier.nbytes, code, ONCE_BELOW)
-            self._check(status, "all-reduce")
-        restore(tensor, carrier)
+            region = self._region or self._open()
+            if status := self._library.tp_all_reduce(region, carrier.data_ptr(), carrier.nbytes, code, ONCE_BELOW):
+                self._check(status, "all-reduce")
+        if carrier is not tensor:
+            restore(tensor, carrier)
         return tensor
 
     def all_gather(self, tensor: Tensor, sizes: Sequence[int], dim: int) -> Tensor:

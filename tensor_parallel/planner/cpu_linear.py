@@ -47,10 +47,14 @@ def linear_features_first(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
-    if weight.numel() < SMALLEST or weight.dtype != torch.float32 or x.dtype != torch.float32 or not _available:
+    width = weight.shape[-1]
+    elements = x.numel()
+    if elements < FEWEST * width or weight.numel() < SMALLEST or not _available:
         return False
-    rows = x.numel() // weight.shape[1]
-    return FEWEST <= rows <= MOST.get(torch.get_num_threads(), 0) and weight.is_contiguous() and x.device.type == "cpu"
+    if weight.dtype != torch.float32 or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    few = elements // width <= MOST.get(torch.get_num_threads(), 0)
+    return few and weight.ndim == 2 and weight.is_contiguous()
 
 
 def _weight_first(x: Tensor, weight: Tensor) -> Tensor:

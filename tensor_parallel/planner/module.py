@@ -187,8 +187,8 @@ class ShardedModule(nn.Module):
         outputs = runner(leaves)
         return pytree.tree_unflatten(outputs, runner.compiled.traced.out_spec)
 
-    def run_by_name(self, inputs: Mapping[str, Tensor]) -> tuple[Runner, Sequence[Any]]:
-        """As ``forward(**inputs)``: the program that ran, and its flat outputs. For callers that count microseconds."""
+    def runner_by_name(self, inputs: Mapping[str, Tensor]) -> tuple[Runner, Sequence[Any]]:
+        """The program for ``forward(**inputs)``, and its flat inputs. For callers that count microseconds."""
         names = sorted(inputs)
         leaves: list[Any] = [inputs[name] for name in names]
         described = tuple([(name, inputs[name].dtype, inputs[name].ndim) for name in names])
@@ -198,9 +198,11 @@ class ShardedModule(nn.Module):
             runners = self._runners.setdefault(self._key(spec, leaves, self.training), [])
             self._by_name[self.training, described] = runners
         runner = next((runner for runner in runners if runner.fits(leaves)), None)
-        if runner is None:
-            runner, leaves = self.runner_for((), dict(inputs))
-        return runner, runner(leaves)
+        return (runner, leaves) if runner is not None else self.runner_for((), dict(inputs))
+
+    def sizes_decide(self) -> bool:
+        """Whether which program runs depends on nothing but the inputs' types and sizes."""
+        return all(runner.compiled.traced.branches is None for runners in self._runners.values() for runner in runners)
 
     def runner_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Runner, list[Any]]:
         """The program for this call, planned now if there is none yet."""
