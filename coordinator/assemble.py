@@ -24,13 +24,14 @@ def assemble(answers: Sequence[Executed | None], placements: Placements) -> list
     first = answers[0]
     if first is None:
         raise Internal("rank 0 answered a forward without outputs")
-    return [_one(value, answers, placements) for value in first.outputs]
+    about = placements[0]
+    return [
+        _joined(value, answers, placements) if (found := about.get(value.name)) is not None and found.sharded else value
+        for value in first.outputs
+    ]
 
 
-def _one(value: TensorValue, answers: Sequence[Executed | None], placements: Placements) -> TensorValue:
-    placement = placements[0].get(value.name)
-    if placement is None or not placement.sharded:
-        return value
+def _joined(value: TensorValue, answers: Sequence[Executed | None], placements: Placements) -> TensorValue:
     parts = [_part(rank, value.name, answer) for rank, answer in enumerate(answers)]
     return _gather(parts, [placements[rank][value.name] for rank in range(len(parts))])
 
@@ -67,8 +68,6 @@ def _along(dim: int, start: int, stop: int) -> tuple[slice, ...]:
 
 def split(outputs: Sequence[TensorValue], rows: Sequence[int]) -> list[list[TensorValue]]:
     """Each request's outputs, ``rows`` of them in order; views, nothing is copied. Raises Internal."""
-    if len(rows) == 1:
-        return [list(outputs)]
     total = sum(rows)
     for value in outputs:
         if not value.shape or value.shape[0] != total:

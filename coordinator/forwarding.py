@@ -137,7 +137,8 @@ class Forwarder:
     def _deliver(self, batch: list[Ticket], answers: Answers, seconds: float) -> None:
         entry = batch[0].entry
         try:
-            outputs = split(assemble(answers, entry.placements), [ticket.rows for ticket in batch])
+            whole = assemble(answers, entry.placements)
+            outputs = [whole] if len(batch) == 1 else split(whole, [ticket.rows for ticket in batch])
         except Exception as error:
             _answer_all(batch, describe(error, batch[0].request.request_id))
             _count_failed(batch)

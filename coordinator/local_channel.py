@@ -189,7 +189,8 @@ class LocalChannel:
             assert not isinstance(dispatch.command, Execute)
             raw = control_message(dispatch.generation, dispatch.seq, dispatch.command).SerializeToString()
         self._owed[dispatch.seq] = dispatch
-        self._transmit(raw, self._unsent())
+        if self._waiting or self._segments_sent < len(self._memory.arena.segments) or not self._sent(raw):
+            self._transmit(raw, self._unsent())
 
     def close(self) -> None:
         if self._socket is not None:
@@ -204,11 +205,16 @@ class LocalChannel:
 
     # ---- out
 
+    def _sent(self, raw: bytes) -> bool:
+        """Whether it went at once, with no more to it."""
+        try:
+            return self._socket is not None and self._socket.send(raw, _SILENT) > 0
+        except OSError:
+            return False  # tried again, by those who know what to do
+
     def _unsent(self) -> list[int]:
         """Descriptors of the segments that this rank has not been given yet."""
         segments = self._memory.arena.segments
-        if len(segments) == self._segments_sent:
-            return []
         new = segments[self._segments_sent : self._segments_sent + MAX_ATTACHED]
         self._segments_sent += len(new)
         return [segment.descriptors[self._rank] for segment in new]

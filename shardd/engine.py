@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from queue import SimpleQueue
+from typing import Any
 
 import grpc
 import torch
@@ -25,7 +26,7 @@ from shardd.errors import EXIT_STUCK, InvalidRequest, ModelError, Verdict, judge
 from shardd.generation import Generations
 from shardd.logging import Logger
 from shardd.metrics import Metrics
-from shardd.models import Models
+from shardd.models import Models, Served
 from shardd.progress import Progress
 from shardd.reports import PATIENCE, Forwarded, Reports
 from shardd.session import Session
@@ -182,16 +183,15 @@ class Engine:
         start = time.perf_counter()
         before = self._group.stats.seconds
         inputs = channel.inputs(execute)
-        model.served.validate(inputs)
+        form = model.served.validate(inputs)
         if model.writes_inputs:
             inputs = {name: value.clone() for name, value in inputs.items()}
         ready = time.perf_counter()
-        outputs = self._forward(model.served.run, inputs)
+        outputs = self._forward(model.served, inputs, form)
         done = time.perf_counter()
-        names = model.sent(execute.outputs, outputs)
         result = response.execute
         result.SetInParent()
-        channel.outputs(execute, response, {name: outputs[name] for name in names})
+        channel.outputs(execute, response, model.sent(execute.outputs, outputs))
         result.forward_seconds = done - ready
         result.collective_seconds = self._group.stats.seconds - before
         result.copy_seconds = (ready - start) + (time.perf_counter() - done)
@@ -211,13 +211,9 @@ class Engine:
             )
         )
 
-    def _forward(
-        self,
-        run: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
-        inputs: dict[str, torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
+    def _forward(self, served: Served, inputs: dict[str, torch.Tensor], form: Any) -> dict[str, torch.Tensor]:
         try:
-            outputs = run(inputs)
+            outputs = served.run(inputs, form)
             self._settle()
             return outputs
         except Exception as error:

@@ -37,7 +37,7 @@ class Served(Protocol):
 
     def checksum(self) -> int: ...
     def validate(self, inputs: Mapping[str, torch.Tensor]) -> Any: ...
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+    def run(self, inputs: Mapping[str, torch.Tensor], form: Any = None) -> dict[str, torch.Tensor]: ...
 
 
 @dataclass
@@ -64,14 +64,14 @@ class Model:
 
     def check_wanted(self, wanted: Sequence[str]) -> None:
         """Raise :class:`InvalidRequest` if the model is known not to have an output that the caller wants."""
-        if self.outputs:
+        if wanted and self.outputs:
             self._check(wanted, self.outputs)
 
-    def sent(self, wanted: Sequence[str], made: Collection[str]) -> list[str]:
+    def sent(self, wanted: Sequence[str], made: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Which of the outputs just ``made`` this rank sends when the caller wants ``wanted`` (none: all of them)."""
-        if not self.outputs:
+        if wanted and not self.outputs:
             self._check(wanted, made)
-        return [name for name in wanted or made if name in made and self.outputs.get(name, self.first)]
+        return {name: made[name] for name in wanted or made if name in made and self.outputs.get(name, self.first)}
 
     def _check(self, wanted: Sequence[str], known: Collection[str]) -> None:
         if unknown := [name for name in wanted if name not in known]:

@@ -15,6 +15,14 @@ REMEMBERED = 4096
 """Descriptions of requests that were found to be right."""
 
 
+Form = tuple[tuple[str, torch.dtype, torch.Size, torch.device], ...]
+"""All of a request but its values."""
+
+
+def form_of(inputs: Mapping[str, Tensor]) -> Form:
+    return tuple([(name, value.dtype, value.shape, value.device) for name, value in inputs.items()])
+
+
 class RequestChecker:
     """The inputs of one model: their dtypes, shapes and index bounds, what relates their shapes, and which may be
     left out.
@@ -32,19 +40,19 @@ class RequestChecker:
             name: rule for name, rule in defaults.items() if name in self._specs and rule[0] in self._specs
         }
         self._bounded = [spec for spec in self._specs.values() if spec.bound is not None]
-        self._described: set[tuple[tuple[str, torch.dtype, torch.Size], ...]] = set()
+        self._described: set[Form] = set()
 
     @property
     def optional(self) -> frozenset[str]:
         """Inputs a request may leave out."""
         return frozenset(self._defaults)
 
-    def check(self, inputs: Mapping[str, Tensor]) -> None:
-        """Raises :class:`InvalidInput` naming the first input that is unknown, missing, empty, or of a dtype, shape
-        or value that the model does not take. An id outside its table is refused here, since a divided table
-        would answer it with zeros.
+    def check(self, inputs: Mapping[str, Tensor]) -> Form:
+        """The request's form. Raises :class:`InvalidInput` naming the first input that is unknown, missing, empty, or
+        of a dtype, shape or value that the model does not take. An id outside its table is refused here, since a
+        divided table would answer it with zeros.
         """
-        described = tuple([(name, value.dtype, value.shape) for name, value in inputs.items()])
+        described = form_of(inputs)
         if described not in self._described:
             self._check_descriptions(inputs)
             if len(self._described) >= REMEMBERED:
@@ -53,6 +61,7 @@ class RequestChecker:
         for spec in self._bounded:
             if spec.name in inputs:
                 _check_bound(spec, inputs[spec.name])
+        return described
 
     def _check_descriptions(self, inputs: Mapping[str, Tensor]) -> None:
         """All but the values."""

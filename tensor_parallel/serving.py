@@ -32,7 +32,7 @@ from tensor_parallel.planner.plan import InputSpec, OutputSpec, Plan
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.specs import output_names
 from tensor_parallel.planner.stopping import pause, stoppable
-from tensor_parallel.requests import REMEMBERED, RequestChecker
+from tensor_parallel.requests import REMEMBERED, Form, RequestChecker, form_of
 from tensor_parallel.serving_options import ServingOptions
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class ServedModel:
     compiled: int | None = None
     """How many functions were compiled; None where execution is eager."""
     _names: dict[pytree.TreeSpec, list[str]] = field(default_factory=dict, repr=False)
-    _known: dict[tuple[Any, ...], _Known] = field(default_factory=dict, repr=False)
+    _known: dict[Form, _Known] = field(default_factory=dict, repr=False)
     """By the inputs' names, types and sizes, where nothing else decides what is to be done."""
 
     @property
@@ -112,18 +112,20 @@ class ServedModel:
             total += int(words.sum(dtype=torch.int64))
         return total
 
-    def validate(self, inputs: Mapping[str, Tensor]) -> None:
-        """Raises :class:`InvalidInput` naming the field; see :meth:`RequestChecker.check`. Runs nothing."""
-        self.checker.check(inputs)
+    def validate(self, inputs: Mapping[str, Tensor]) -> Form:
+        """The request's form, for ``run``. Raises :class:`InvalidInput` naming the field; see
+        :meth:`RequestChecker.check`. Runs nothing.
+        """
+        return self.checker.check(inputs)
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, inputs: Mapping[str, Tensor], form: Form | None = None) -> dict[str, Tensor]:
         """This rank's outputs for a valid request, on ``device``; every rank must run the same one. Absent results
-        are left out.
+        are left out. ``form`` is the request's, if its caller knows it.
         """
         if not torch.is_inference_mode_enabled():
             with torch.inference_mode():
-                return self.run(inputs)
-        form = tuple([(name, value.dtype, value.shape, value.device) for name, value in inputs.items()])
+                return self.run(inputs, form)
+        form = form or form_of(inputs)
         known = self._known.get(form)
         if known is not None:
             return _tensors(known.outputs, known.runner([inputs[name] for name in known.inputs]))

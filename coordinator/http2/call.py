@@ -120,8 +120,8 @@ class Call:
             if handler is None:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {details.method}")
             messages = Messages(self._stream.chunk, encoding, self._serving.limit)
-            self.requests = Requests(messages, self._message)
             if handler.request_streaming or handler.response_streaming:
+                self.requests = Requests(messages, self._message)
                 await self._streamed(handler, messages, context)
             else:
                 raw = await messages.only()

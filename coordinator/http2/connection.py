@@ -293,4 +293,5 @@ class Connection(asyncio.Protocol):
 
 def _writable(streams: Iterable[Any]) -> None:
     for stream in streams:
-        stream.writable()
+        if stream.writer is not None:
+            stream.writable()

@@ -36,11 +36,11 @@ class Stream:
         self.task: asyncio.Task[None] | None = None  # that serves it
         self.gone = False
         self.on_gone: Callable[[], None] | None = None
+        self.writer: asyncio.Future[None] | None = None  # who waits for room
         self._connection = connection
         self._chunks: deque[tuple[bytes, bool]] = deque()
         self._ended = False
         self._reader: asyncio.Future[None] | None = None
-        self._writer: asyncio.Future[None] | None = None
 
     # ---- the request
 
@@ -70,14 +70,14 @@ class Stream:
             _wake(self._reader)
 
     def writable(self) -> None:
-        _wake(self._writer)
+        _wake(self.writer)
 
     def stop(self) -> None:
         """The client takes no answer any more."""
         if not self.gone:
             self.gone = True
             _wake(self._reader)
-            _wake(self._writer)
+            _wake(self.writer)
             if self.on_gone is not None:
                 self.on_gone()
 
@@ -94,9 +94,9 @@ class Stream:
             offset, done = self._connection.sent(self.id, data, offset)
             if done:
                 return
-            self._writer = asyncio.get_running_loop().create_future()
+            self.writer = asyncio.get_running_loop().create_future()
             self._connection.flush()  # which may make room
-            await self._writer
+            await self.writer
             if self.gone:
                 raise Gone
 

@@ -104,7 +104,7 @@ class ShmBackend:
             raise MemoryError(f"cannot map the shared memory of rank {rank}: {os.strerror(ctypes.get_errno())}")
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
-        carrier = _summable(tensor)
+        carrier = tensor if tensor.dtype in DTYPE_CODES else reducible(tensor)
         code = DTYPE_CODES[carrier.dtype]
         with self._busy:
             region = self._region or self._open()

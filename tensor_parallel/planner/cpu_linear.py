@@ -26,7 +26,7 @@ _available = torch.backends.mkl.is_available()
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x (..., K)`` times ``weight (N, K)`` transposed, plus ``bias (N,)``: ``(..., N)``, contiguous."""
-    if not _pays(x, weight):
+    if x.numel() < FEWEST * weight.shape[-1] or not _pays(x, weight):
         return _linear(x, weight, bias)
     product = _weight_first(x, weight).t().contiguous()
     if bias is not None:
@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_features_first(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`linear` whose result may be laid out by features, for those that do not mind: elementwise operations
     and, after them, another :func:`linear`, which then transposes nothing."""
-    if not _pays(x, weight):
+    if x.numel() < FEWEST * weight.shape[-1] or not _pays(x, weight):
         return _linear(x, weight, bias)
     product = _weight_first(x, weight)
     if bias is not None:
@@ -47,13 +47,12 @@ def linear_features_first(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
-    width = weight.shape[-1]
-    elements = x.numel()
-    if elements < FEWEST * width or weight.numel() < SMALLEST or not _available:
+    """For at least FEWEST rows."""
+    if weight.numel() < SMALLEST or not _available:
         return False
     if weight.dtype != torch.float32 or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
-    few = elements // width <= MOST.get(torch.get_num_threads(), 0)
+    few = x.numel() // weight.shape[-1] <= MOST.get(torch.get_num_threads(), 0)
     return few and weight.ndim == 2 and weight.is_contiguous()
 
 
