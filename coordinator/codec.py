@@ -109,7 +109,3 @@ def response_pieces(result: InferResult, *, data: bool = True) -> list[Buffer]:
     for output in result.outputs:
         pieces += tensor_pieces(_RESPONSE_OUTPUTS, output, None if data or output.region else ())
     return pieces
-
-
-def build_response(result: InferResult) -> bytes:
-    return b"".join(response_pieces(result))

@@ -66,7 +66,7 @@ class _Known:
         self._sizes: dict[int, int] = {}  # of the input, by length of the message
         self._beginnings: dict[bytes, tuple[Decoded, int]] = {}  # with the input's size
 
-    def find(self, data: bytes) -> Decoded | None:
+    def find(self, data: Buffer) -> Decoded | None:
         size = self._sizes.get(len(data))
         found = None if size is None else self._beginnings.get(bytes(data[:-size]))
         if size is None or found is None or found[1] != size:  # the last: it was cut short, or has more behind it
@@ -77,7 +77,7 @@ class _Known:
         request = InferRequest(like.model, [value], like.version, list(like.outputs), priority=like.priority)
         return Decoded(request, "", known.timeout)
 
-    def remember(self, data: bytes, decoded: Decoded) -> None:
+    def remember(self, data: Buffer, decoded: Decoded) -> None:
         request = decoded.request
         if decoded.id or len(request.inputs) != 1 or request.output_regions:
             return  # with an id of its own no two requests begin alike
@@ -107,7 +107,7 @@ def _is_complete(before: bytes) -> bool:
 _known = _Known()
 
 
-def decode(data: bytes) -> Decoded:
+def decode(data: Buffer) -> Decoded:
     """Raises InvalidArgument for anything that the message alone shows to be wrong."""
     decoded = _known.find(data)
     if decoded is None:
@@ -116,7 +116,7 @@ def decode(data: bytes) -> Decoded:
     return decoded
 
 
-def _decode(data: bytes) -> Decoded:
+def _decode(data: Buffer) -> Decoded:
     raws: list[Buffer]
     try:
         if len(data) < wire.SMALL:

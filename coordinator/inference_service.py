@@ -30,9 +30,9 @@ from coordinator.errors import (
 )
 from coordinator.inference_stream import answer_in_order
 from coordinator.logging import bound
-from coordinator.rpc import REQUEST_ID, Call, call_of
+from coordinator.rpc import REQUEST_ID, Call, answer_of, call_of
 from coordinator.tracing import Tracing
-from coordinator.types import InferResult
+from coordinator.types import Answer, Buffer, InferResult
 from coordinator.version import DISTRIBUTION, version
 from protos.inference import SERVICE_NAME, message, service
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
@@ -100,17 +100,18 @@ class InferenceService:
 
     # ---- inference
 
-    async def infer(self, data: bytes, context: Context) -> bytes:
+    async def infer(self, data: Buffer, context: Context) -> Answer:
         call = call_of(context)
         try:
             decoded = inference_codec.decode(data)
             call = call.named(decoded.id)
-            answer = b"".join(inference_codec.encode(await self._forward(decoded, call, "ModelInfer"), decoded.id))
+            pieces = inference_codec.encode(await self._forward(decoded, call, "ModelInfer"), decoded.id)
         except Exception as error:
             await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-        asyncio.get_running_loop().call_soon(self._core.metrics.carried, len(data), len(answer))  # behind the answer
-        return answer
+        # Counted behind the answer.
+        asyncio.get_running_loop().call_soon(self._core.metrics.carried, len(data), sum(map(len, pieces)))
+        return answer_of(pieces, context)
 
     async def stream_infer(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         about = call_of(context)

@@ -11,8 +11,10 @@ from typing import Any
 import grpc
 
 from coordinator.tracing import carrier_of
+from coordinator.types import Answer, Buffer
 
 REQUEST_ID = "x-request-id"
+IN_PIECES = 256 << 10  # bytes of an answer from which on it is not put together before it is sent
 # An id travels in metadata and log lines: printable ASCII, of a sane length.
 _SAFE = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -29,6 +31,13 @@ class Call:
     def named(self, given: str) -> Call:
         """The same call under the id of a message's own field, unless the metadata had one or it is not fit for one."""
         return replace(self, request_id=given, made=False) if self.made and given and _SAFE.fullmatch(given) else self
+
+
+def answer_of(pieces: list[Buffer], context: grpc.aio.ServicerContext[Any, Any]) -> Answer:
+    """The answer that ``pieces`` are one after another; a large one is left in them if the server takes that."""
+    if getattr(context, "takes_pieces", False) and sum(map(len, pieces)) >= IN_PIECES:
+        return pieces
+    return b"".join(pieces)
 
 
 def call_of(context: grpc.aio.ServicerContext[Any, Any], given: str = "") -> Call:

@@ -13,10 +13,10 @@ from google.protobuf.message import DecodeError, Message
 from coordinator import codec, requests
 from coordinator.core import Core
 from coordinator.errors import InvalidArgument, ServiceError, abort
-from coordinator.rpc import REQUEST_ID, Call, call_of
+from coordinator.rpc import REQUEST_ID, Call, answer_of, call_of
 from coordinator.streaming import answer_stream
 from coordinator.tracing import Tracing
-from coordinator.types import InferRequest, InferResult
+from coordinator.types import Answer, Buffer, InferRequest, InferResult
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -63,19 +63,20 @@ class CoordinatorService:
 
     # ---- forward
 
-    async def forward(self, raw: bytes, context: Context) -> bytes:
+    async def forward(self, raw: Buffer, context: Context) -> Answer:
         call = call_of(context)
         try:
             request = codec.parse_forward(raw)
             if request.request_id:
                 call = call_of(context, request.request_id)
             result = await self.run(request, call, "Forward")
-            answer = codec.build_response(result)
+            pieces = codec.response_pieces(result)
         except Exception as error:
             await abort(context, error, call.request_id)
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-        asyncio.get_running_loop().call_soon(self._core.metrics.carried, len(raw), len(answer))  # behind the answer
-        return answer
+        # Counted behind the answer.
+        asyncio.get_running_loop().call_soon(self._core.metrics.carried, len(raw), sum(map(len, pieces)))
+        return answer_of(pieces, context)
 
     async def run(self, request: InferRequest, call: Call, method: str) -> InferResult:
         """One forward, traced, logged and counted. Raises ServiceError."""

@@ -8,6 +8,7 @@ from coordinator.dtypes import DataType
 from protos.tensor_parallel.v1.tensor_pb2 import TensorSpec
 
 Buffer = bytes | bytearray | memoryview
+Answer = bytes | list[Buffer]  # a message, or the pieces that it is one after another
 Form = tuple[tuple[tuple[str, DataType, tuple[int, ...]], ...], tuple[str, ...], tuple[str, ...]]
 
 

@@ -17,6 +17,7 @@ from coordinator.http2.heads import Heads
 from coordinator.http2.messages import ENCODINGS, BodyError, Messages, prefix
 from coordinator.http2.stream import Gone, Stream
 from coordinator.logging import get_logger
+from coordinator.types import Answer, Buffer
 
 Handler = Any  # grpc.RpcMethodHandler, which is generic in stubs alone
 
@@ -25,6 +26,7 @@ _HEAD_MAP = HeaderMap(_HEAD)
 _OK = ("grpc-status", "0")
 _TURN = 100  # messages of one call that are read before others have their turn
 _INLINE = 1 << 16  # bytes; a longer message is not copied to stand behind its prefix
+_PIECE = 1 << 20  # bytes of it that are copied at a time, and still in a core's cache when they are sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Serving:
 class Requests:
     """The messages of a request, parsed. Unlike a generator it goes on after a read that was cancelled."""
 
-    def __init__(self, messages: Messages, parse: Callable[[bytes], Any]) -> None:
+    def __init__(self, messages: Messages, parse: Callable[[Buffer], Any]) -> None:
         self._messages = messages
         self._parse = parse
         self._read = 0
@@ -114,7 +116,7 @@ class Call:
             task.cancel()
 
     async def _serve(self, details: Details, encoding: bytes, context: Context) -> None:
-        last: bytes | None = None
+        last: Answer | None = None
         try:
             handler = self._handler = await self._serving.find(details)
             if handler is None:
@@ -146,13 +148,15 @@ class Call:
             async for answer in answers:
                 await self.write(answer)
 
-    def _message(self, raw: bytes) -> Any:
+    def _message(self, raw: Buffer) -> Any:
         parse = self._handler.request_deserializer
         return raw if parse is None else parse(raw)
 
-    def _raw(self, message: Any) -> bytes:
+    def _raw(self, message: Any) -> Answer:
         serialize = self._handler.response_serializer
-        raw: bytes = message if serialize is None else serialize(message)
+        raw: Answer = message if serialize is None else serialize(message)
+        if not isinstance(raw, (bytes, bytearray, memoryview, list)):
+            raise TypeError(f"the servicer of {self._stream.head.path} answered with {type(raw).__name__}")
         return raw
 
     def _bug(self, error: Exception) -> tuple[grpc.StatusCode, str]:
@@ -176,16 +180,23 @@ class Call:
         await self._send(self._raw(message))
         self._stream.flush()
 
-    async def _send(self, raw: bytes) -> None:
-        head = prefix(len(raw))
-        self.begin([])
-        if len(raw) <= _INLINE:
+    async def _send(self, raw: Answer) -> None:
+        if isinstance(raw, bytes) and len(raw) <= _INLINE:
+            head = prefix(len(raw))
+            self.begin([])
             await self._stream.send(head + raw)
-        else:
-            await self._stream.send(head)
-            await self._stream.send(raw)
+            return
+        pieces = raw if isinstance(raw, list) else [raw]
+        head = prefix(sum(map(len, pieces)))
+        self.begin([])
+        await self._stream.send(head)
+        for piece in pieces:
+            for start in range(0, len(piece), _PIECE):
+                await self._stream.send(bytes(piece[start : start + _PIECE]))
 
-    async def _finish(self, status: tuple[grpc.StatusCode, str], trailing: Metadata, last: bytes | None = None) -> None:
+    async def _finish(
+        self, status: tuple[grpc.StatusCode, str], trailing: Metadata, last: Answer | None = None
+    ) -> None:
         """The end of the answer, behind ``last`` if the status is OK; the whole of it if nothing was sent yet."""
         code, details = status
         fields = [_OK if code is grpc.StatusCode.OK else ("grpc-status", str(code.value[0]))]

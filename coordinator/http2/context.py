@@ -30,6 +30,9 @@ class Aborted(grpc.aio.AbortError):
 class Context(grpc.aio.ServicerContext[Any, Any]):
     """The servicer's view of a call, as ``grpc.aio`` documents it."""
 
+    takes_pieces = True
+    """A large answer may be a list of its pieces."""
+
     def __init__(self, call: Call, metadata: Metadata, peer: str, ends: float | None) -> None:
         self._call = call
         self._metadata = metadata

@@ -112,7 +112,7 @@ def test_a_response_built_in_pieces_is_the_message():
         ],
         request_id="id",
     )
-    response = pb.ForwardResponse.FromString(codec.build_response(result))
+    response = pb.ForwardResponse.FromString(b"".join(codec.response_pieces(result)))
     assert (response.model, response.version, response.request_id) == ("m", "2", "id")
     assert [tensor.name for tensor in response.outputs] == ["y", "empty", "far"]
     assert response.outputs[0].data == data

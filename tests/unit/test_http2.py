@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 import threading
 import time
@@ -59,6 +60,13 @@ class Served:
         await asyncio.sleep(0.3)
         return data
 
+    async def nothing(self, _data: bytes, _context: Any) -> Any:
+        return None
+
+    async def pieces(self, data: bytes, _context: Any) -> list[bytes | memoryview]:
+        view = memoryview(data)
+        return [b"", bytes(view[:7]), view[7:1000], view[1000:]]
+
     async def count(self, data: bytes, context: Any) -> AsyncIterator[bytes]:
         for number in range(int(data)):
             self.sent += 1
@@ -80,7 +88,7 @@ class Served:
         return str(self.read).encode()
 
     def handler(self) -> grpc.GenericRpcHandler:
-        unary = (self.echo, self.about, self.refuse, self.fail, self.wait, self.pause)
+        unary = (self.echo, self.about, self.refuse, self.fail, self.wait, self.pause, self.nothing, self.pieces)
         methods: dict[str, Any] = {one.__name__: grpc.unary_unary_rpc_method_handler(one) for one in unary}
         methods["count"] = grpc.unary_stream_rpc_method_handler(self.count)
         methods["total"] = grpc.stream_unary_rpc_method_handler(self.total)
@@ -205,6 +213,16 @@ def test_a_bug_of_the_servicer_is_internal_and_not_shown(client: grpc.Channel) -
     error = failure(client.unary_unary("/t/fail"), b"")
     assert error.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in error.details()
+
+
+def test_an_answer_that_is_no_message_is_internal(client: grpc.Channel) -> None:
+    assert failure(client.unary_unary("/t/nothing"), b"").code() is grpc.StatusCode.INTERNAL
+
+
+@pytest.mark.parametrize("size", [0, 5, 1001, 1 << 20, (9 << 20) + 13])
+def test_an_answer_in_pieces_is_one_message(client: grpc.Channel, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    assert client.unary_unary("/t/pieces")(data) == data
 
 
 @pytest.mark.parametrize("path", ["/t/none", "/none/echo", "/"])

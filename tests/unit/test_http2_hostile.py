@@ -52,6 +52,9 @@ def message(data: bytes, compressed: int = 0) -> bytes:
     return struct.pack(">BI", compressed, len(data)) + data
 
 
+MOST = 16 << 10  # bytes of a frame, before its sender has been told that there may be more
+
+
 class Raw:
     """A peer that sends what it is told to."""
 
@@ -65,7 +68,9 @@ class Raw:
         self.socket.sendall(data)
 
     def call(self, *fields: tuple[str, str], stream: int = 1, body: bytes = message(b"hi")) -> None:
-        self.send(frame(HEADERS, END_HEADERS, stream, block(*fields)) + frame(DATA, END_STREAM, stream, body))
+        pieces = [body[start : start + MOST] for start in range(0, len(body), MOST)] or [b""]
+        data = [frame(DATA, 0, stream, piece) for piece in pieces[:-1]] + [frame(DATA, END_STREAM, stream, pieces[-1])]
+        self.send(frame(HEADERS, END_HEADERS, stream, block(*fields)) + b"".join(data))
 
     def frames(self) -> Iterator[Any]:
         """httpunk's frames; ends with the connection."""
@@ -151,6 +156,10 @@ def test_heads_that_are_refused(
         (b"", "no message"),
         (b"\x00\x00", "prefix"),
         (message(b"hello")[:-2], "ends after 3"),
+        (message(bytes(300_000))[:-2], "ends after 299998"),
+        (message(bytes(300_000))[:100], "ends after 95"),
+        (message(bytes(300_000)) + b"\x00", "more than one"),
+        (message(bytes(300_000)) + message(b"x"), "more than one"),
         (message(b"a") + message(b"b"), "more than one"),
         (message(b"a", compressed=7), "first byte is 7"),
         (message(b"a", compressed=1), "identity"),
