@@ -185,7 +185,19 @@ def test_no_request_waits_for_a_plan() -> None:
     assert model.plan.mode == "graph"
     model._module._planner = None
     unsharded = padded()[0]
-    for mask in (torch.tensor([True, True]), torch.tensor([True, False])):
+    for mask in 2 * (torch.tensor([True, True]), torch.tensor([True, False])):
         inputs = {"x": torch.randn(2, 8), "mask": mask}
         with torch.no_grad():
             assert torch.allclose(model.run(inputs)["output"], unsharded(**inputs), atol=1e-6)
+
+
+def test_names_in_any_order_and_sizes_one_after_another(archive: Path) -> None:
+    model = load(open_source(archive))
+    for rows in (2, 3, 2, 3):
+        x, mask = torch.randn(rows, 5, 16), torch.rand(rows, 5)
+        asked = [{"x": x, "mask": mask}, {"mask": mask, "x": x}]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            want = checkpoints.make_mlp()(x=x, mask=mask)["hidden"]
+        for inputs in asked:
+            assert torch.allclose(model.run(inputs, model.validate(inputs))["hidden"], want, atol=1e-6)
