@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -253,3 +254,24 @@ def test_an_address_that_drops_everything_leaves_time_for_the_next(monkeypatch):
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         with Client("coordinator.example:1") as client:
             np.testing.assert_array_equal(forward(client, 1.0), OUTPUT)
+
+
+def test_a_server_too_busy_to_accept_costs_the_deadline_and_no_close():
+    """Linux leaves further connections unanswered once the backlog is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as busy, contextlib.ExitStack() as stack:
+        target = f"127.0.0.1:{busy.getsockname()[1]}"
+        for _ in range(4):
+            filling = stack.enter_context(socket.socket())
+            filling.setblocking(False)
+            filling.connect_ex(busy.getsockname())
+        client = stack.enter_context(Client(target))
+        with pytest.raises(RequestError) as caught:
+            forward(client, 0.3)
+        assert caught.value.code() is Code.DEADLINE_EXCEEDED
+        closing = threading.Timer(0.2, client.close)
+        closing.start()
+        began = time.monotonic()
+        with pytest.raises(RequestError) as caught:
+            forward(client, 20)
+        assert caught.value.code() is Code.CANCELLED
+        assert time.monotonic() - began < 10

@@ -293,3 +293,22 @@ def test_deadlines_are_kept_while_others_are_answered():
             servicer.release.wait(0.5)
             servicer.release.set()
             assert list(answers) == [2, 2, 2]
+
+
+def test_what_no_message_can_hold_is_told_so():
+    with scripted_server() as (target, _), Client(target) as client:
+        call = client._channel.unary_unary("/tensor_parallel.v1.Coordinator/Forward")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(np.empty(1 << 32, np.uint8).data, timeout=10)
+        assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+        assert echo(client) == 2
+
+
+def test_no_deadline_may_be_said_in_two_ways():
+    with scripted_server() as (target, _), Client(target, timeout=None) as client:
+        assert client.forward("echo", {"x": np.ones(1)})["x"] == 1
+        assert echo(client, float("inf")) == 2
+        for nothing in (0, -1):
+            with pytest.raises(RequestError) as caught:
+                echo(client, nothing)
+            assert caught.value.code() is Code.DEADLINE_EXCEEDED

@@ -88,7 +88,7 @@ def connect(made: socket.socket, place: Any, deadline: Deadline, sockets: Socket
     while (code := made.connect_ex(place)) == errno.EAGAIN and not sockets.closed:
         deadline.remaining()
         time.sleep(_CROWDED_PAUSE)
-    if code == errno.EINPROGRESS:
+    if code == errno.EINPROGRESS and not sockets.closed:
         done = select.poll()
         done.register(made, select.POLLOUT)
         while not done.poll(deadline.milliseconds()):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+from httpunk import _httpunk as h2
 
 from coordinator.client.connection import Connection
 from coordinator.client.transport.address import Address
@@ -14,7 +15,6 @@ from coordinator.client.transport.deadline import Deadline
 from coordinator.client.transport.failures import CallFailed, Unprocessed
 from coordinator.client.transport.pool import Pool
 from coordinator.types import Buffer
-from coordinator.version import version
 
 _CLOSED = "the client is closed"
 
@@ -27,7 +27,7 @@ class Channel:
         fields = (
             ("te", "trailers"),
             ("content-type", "application/grpc"),
-            ("user-agent", f"grpc-python-blocking/{version()}"),
+            ("user-agent", f"grpc-python-httpunk/{h2.__version__}"),
             ("grpc-accept-encoding", "identity"),
         )
         self._connection = connection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import grpc
@@ -12,11 +13,11 @@ _LONGEST = 1e6  # seconds of one wait; the kernel counts them as milliseconds in
 
 
 class Deadline:
-    """``timeout`` seconds from now; None: never."""
+    """``timeout`` seconds from now; None or infinite: never."""
 
     def __init__(self, timeout: float | None) -> None:
         self._timeout = timeout
-        self._ends = None if timeout is None else time.monotonic() + timeout
+        self._ends = None if timeout is None or timeout == math.inf else time.monotonic() + timeout
 
     def remaining(self) -> float | None:
         """Seconds, more than 0; None: without end. Raises CallFailed (DEADLINE_EXCEEDED)."""

@@ -59,41 +59,32 @@ class Framing:
         held = self._link.held
         if held < _HEADER.size:
             return False
-        size = _HEADER.size + self._header()[0]
+        size = _HEADER.size + (self._link.unpacked(_HEADER)[0] >> 8)
         return held >= size or size > CAPACITY
 
     def next(self, deadline: Deadline) -> Data | list[Any]:
         """The next frame, or what it completes. Raises CallFailed."""
         link = self._link
-        while link.held < _HEADER.size:
-            link.fill(deadline)
-        size, kind, flags, stream = self._header()
+        link.need(_HEADER.size, deadline)
+        first, flags, stream = link.unpacked(_HEADER)
+        size, kind = first >> 8, first & 0xFF
         if kind == _DATA and self._begun and not self._in_head:
-            link.skip(_HEADER.size)
-            return self._data(size, flags, stream, deadline)
+            link.take(_HEADER.size)
+            return self._data(size, flags, stream & MAX_STREAM, deadline)
         whole = _HEADER.size + size
         if whole > CAPACITY:
             if kind in (_HEADERS, _CONTINUATION):
                 raise headers_too_large(link.name)
-            http1 = bytes(link.peek(len(_HTTP_1))) == _HTTP_1
+            http1 = bytes(link.take(len(_HTTP_1))) == _HTTP_1
             raise violation(link.name, "it speaks HTTP/1" if http1 else f"a frame of kind {kind} has {size} bytes")
-        while link.held < whole:
-            link.fill(deadline)
-        raw = bytes(link.peek(whole))
-        link.skip(whole)
-        return self._understood(raw, kind, flags)
-
-    def _header(self) -> tuple[int, int, int, int]:
-        first, flags, stream = _HEADER.unpack(self._link.peek(_HEADER.size))
-        return first >> 8, first & 0xFF, flags, stream & MAX_STREAM
+        link.need(whole, deadline)
+        return self._understood(bytes(link.take(whole)), kind, flags)
 
     def _data(self, size: int, flags: int, stream: int, deadline: Deadline) -> Data:
         padding, left = 0, size
         if flags & _PADDED:
-            while not self._link.held:
-                self._link.fill(deadline)
-            padding = self._link.peek(1)[0]
-            self._link.skip(1)
+            self._link.need(1, deadline)
+            padding = self._link.take(1)[0]
             left = size - 1 - padding
         if left < 0 or size > MAX_FRAME:
             raise violation(self._link.name, f"a frame of {size} bytes with {padding} of padding")

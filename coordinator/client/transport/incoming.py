@@ -89,13 +89,11 @@ class Incoming:
                 got = link.receive_into(room, deadline)
                 answer.filled(got)
             else:
-                while not link.held:
-                    link.fill(deadline)
-                piece = link.peek(left)
+                link.need(1, deadline)
+                piece = link.take(left)
                 if answer is not None:
                     answer.feed(piece)
                 got = len(piece)
-                link.skip(got)
             left -= got
 
     def _wanted(self, stream: int) -> Answer | None:

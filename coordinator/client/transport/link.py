@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 from collections import deque
 
 from coordinator.client.transport.deadline import Deadline
@@ -38,12 +39,20 @@ class Link:
     def held(self) -> int:
         return self._end - self._start
 
-    def peek(self, size: int) -> memoryview:
-        """The first ``size`` bytes held, or fewer; valid until the next read."""
-        return self._memory[self._start : min(self._start + size, self._end)]
+    def need(self, size: int, deadline: Deadline) -> None:
+        """Holds ``size`` bytes, CAPACITY at most; waits for them. Raises CallFailed."""
+        while self._end - self._start < size:
+            self.fill(deadline)
 
-    def skip(self, size: int) -> None:
-        self._start += size
+    def unpacked(self, layout: struct.Struct) -> tuple[int, ...]:
+        """What is held begins with this; it is not taken."""
+        return layout.unpack_from(self._memory, self._start)
+
+    def take(self, size: int) -> memoryview:
+        """The first ``size`` bytes held, or fewer; valid until the next read."""
+        start = self._start
+        self._start = min(start + size, self._end)
+        return self._memory[start : self._start]
 
     def readable(self) -> bool:
         """Without waiting."""

@@ -18,7 +18,7 @@ from coordinator.client.transport.framing import MAX_FRAME, MAX_HEADER_LIST, MAX
 from coordinator.client.transport.incoming import DEFAULT_WINDOW, MAX_WINDOW, Incoming
 from coordinator.client.transport.link import Link
 from coordinator.http2.fields import timeout_field
-from coordinator.http2.messages import prefix
+from coordinator.http2.messages import BodyError, prefix
 from coordinator.types import Buffer
 
 _IDLE_READS = 4  # a server that says more while nobody listens is not listened to
@@ -108,8 +108,11 @@ class Session:
         )
 
     def _send(self, message: memoryview, deadline: Deadline) -> None:
-        """Returns when all was sent, or the answer has ended before that."""
-        head = prefix(len(message))
+        """Returns when all was sent, or the answer has ended before that. Raises CallFailed."""
+        try:
+            head = prefix(len(message))
+        except BodyError as error:
+            raise CallFailed(error.code, error.message) from None
         done, total = 0, len(head) + len(message)
         while done < total and not self._in.answer.ended:
             room = min(self._in.window, self._in.stream_window, total - done)
