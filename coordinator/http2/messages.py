@@ -81,14 +81,14 @@ class Messages:
         """The one message of a unary request."""
         first = await self._chunk()
         if first is not None:
+            rest = b""
             if _is_message(first) and len(first) <= self._limit:
-                rest = await self._chunk()
-                if rest is None:
+                more = await self._chunk()
+                if more is None:
                     return first[_PREFIX.size :]  # as nearly every small request comes
-                self._held.append(rest)
-                self._size += len(rest)
-            self._held.appendleft(first)
-            self._size += len(first)
+                rest = more
+            self._hold(first)
+            self._hold(rest)
         try:
             data = await self.__anext__()
         except StopAsyncIteration:
@@ -103,9 +103,13 @@ class Messages:
             chunk = await self._chunk()
             if chunk is None:
                 return False
+            self._hold(chunk)
+        return True
+
+    def _hold(self, chunk: bytes) -> None:
+        if chunk:  # the end of a body may be a frame without bytes
             self._held.append(chunk)
             self._size += len(chunk)
-        return True
 
     async def _gathered(self, size: int) -> memoryview:
         """A large message, put together while it arrives: to join its chunks at the end takes time that nobody else
@@ -113,12 +117,8 @@ class Messages:
         whole = np.empty(size, np.uint8).data
         at = 0
         while at < size:
-            if not self._held:
-                chunk = await self._chunk()
-                if chunk is None:
-                    raise _cut(at, size)
-                self._held.append(chunk)
-                self._size += len(chunk)
+            if not await self._fill(1):
+                raise _cut(at, size)
             piece = self._take(min(len(self._held[0]) - self._start, size - at))
             whole[at : at + len(piece)] = piece
             at += len(piece)

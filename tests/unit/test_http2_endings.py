@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -251,6 +252,25 @@ def test_messages_however_they_are_cut() -> None:
             return [one async for one in Messages(chunk, IDENTITY, 100)]
 
         assert asyncio.run(read()) == sent
+
+
+@pytest.mark.parametrize("most", [1 << 16, 1 << 19, 1 << 22])
+def test_large_messages_however_they_are_cut(most: int) -> None:
+    """Those that are put together while they arrive, among others; some pieces are empty."""
+    dice = random.Random(most)
+    sent = [dice.randbytes(size) for size in (3, (256 << 10) - 1, 256 << 10, 0, 1 << 20, 700_001, 5)]
+    body = b"".join(prefix(len(one)) + one for one in sent)
+    cuts = sorted(dice.choices(range(len(body)), k=2 * len(body) // most)) * 2
+    edges = [0, *sorted(cuts), len(body)]
+    chunks = iter([body[start:stop] for start, stop in pairwise(edges)])
+
+    async def chunk() -> bytes | None:
+        return next(chunks, None)
+
+    async def read() -> list[bytes]:
+        return [bytes(one) async for one in Messages(chunk, IDENTITY, 1 << 20)]
+
+    assert asyncio.run(read()) == sent
 
 
 def test_binary_metadata_joined_on_the_way() -> None:

@@ -172,6 +172,15 @@ def test_bodies_that_are_no_message(running: Running, body: bytes, expected: str
         assert expected in raw.answer()["grpc-message"]
 
 
+@pytest.mark.parametrize("got", [5, 100, 40_000, 299_990])
+def test_a_large_message_whose_end_is_an_empty_frame(running: Running, got: int) -> None:
+    body = message(bytes(300_000))[:got]
+    with Raw(running) as raw:
+        data = [frame(DATA, 0, 1, body[start : start + MOST]) for start in range(0, got, MOST)]
+        raw.send(frame(HEADERS, END_HEADERS, 1, block(*CALL)) + b"".join(data) + frame(DATA, END_STREAM, 1))
+        assert f"ends after {got - 5} of" in raw.answer()["grpc-message"]
+
+
 def test_a_body_that_is_no_gzip(running: Running) -> None:
     with Raw(running) as raw:
         raw.call(*CALL, ("grpc-encoding", "gzip"), body=message(b"no gzip", compressed=1))
@@ -222,7 +231,7 @@ def test_broken_rules_end_the_connection(running: Running, words: bytes) -> None
 def test_a_head_without_end(running: Running) -> None:
     with Raw(running) as raw:
         raw.send(frame(HEADERS, 0, 1, block(*CALL)))
-        _send_until_refused(raw, frame(CONTINUATION, 0, 1, block(("k", "v" * 8000))), 2000)
+        _send_until_refused(raw, frame(CONTINUATION, 0, 1, block(("k", "v" * 8000))), 20_000)
 
 
 def test_a_large_head_is_refused(running: Running) -> None:
