@@ -103,6 +103,11 @@ def test_a_failure_keeps_what_the_server_says_of_it(options):
     assert (error.request_id, error.retry_after) == ("r", 0.25)
 
 
+def bomb(times):
+    """A field of 4000 bytes that the table remembers, and refers to ``times`` more."""
+    return b"\x40\x01x\x7f" + bytes((0x80 | (4000 - 127) & 127, (4000 - 127) >> 7)) + b"a" * 4000 + b"\xbe" * times
+
+
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
@@ -122,6 +127,12 @@ def test_a_failure_keeps_what_the_server_says_of_it(options):
         (says(lambda s: frame(99, 0, 0, bytes(1 << 17))), Code.INTERNAL),
         (says(lambda s: head(s, *[("x", "a" * 9000)] * 8) + trailers(s)), Code.RESOURCE_EXHAUSTED),
         (says(lambda s: head(s) + frame(HEADERS, END_HEADERS, s, bytes(1 << 17))), Code.RESOURCE_EXHAUSTED),
+        (
+            says(lambda s: frame(HEADERS, END_HEADERS | 0x20, s, code(s) + b"\0" + block(*HEAD))),
+            Code.INTERNAL,
+        ),  # on itself
+        (says(lambda s: frame(HEADERS, END_HEADERS, s, block(*HEAD) + bomb(20))), Code.RESOURCE_EXHAUSTED),
+        (says(lambda s: frame(HEADERS, END_HEADERS, s, block(*HEAD) + bomb(1000))), Code.RESOURCE_EXHAUSTED),
         (lambda peer: peer.send(answer(1)) or peer.gone(), Code.UNAVAILABLE),  # no SETTINGS first
     ],
 )
@@ -217,6 +228,28 @@ def test_a_server_that_allows_little_gets_all(window):
     with raw_server(script) as (target, _), Client(target) as client:
         np.testing.assert_array_equal(forward(client, x=x), OUTPUT)
     assert x.tobytes() in got
+
+
+def test_a_server_with_a_small_table_of_headers_understands_each_request():
+    codec = h2.H2Codec("server")
+    found = []
+
+    def script(peer):
+        peer.greet(frame(SETTINGS, 0, 0, struct.pack(">HI", 1, 0)))
+        codec.feed_preface(PREFACE)
+        codec.set_recv_header_table_size(0)
+        for _ in range(3):
+            stream = peer.request()
+            for kind, *rest in peer.seen:
+                if kind == HEADERS:
+                    found.extend(codec.receive(frame(kind, *rest)))
+            peer.seen.clear()
+            peer.send(answer(stream))
+
+    with raw_server(script) as (target, _), Client(target) as client:
+        for n in range(3):
+            client.forward("m", {}, request_id=f"r{n}")
+    assert [one.headers["x-request-id"] for one in found] == [b"r0", b"r1", b"r2"]
 
 
 def test_a_request_waits_while_the_server_takes_none():
