@@ -27,15 +27,20 @@ _OK = ("grpc-status", "0")
 _TURN = 100  # messages of one call that are read before others have their turn
 _INLINE = 1 << 16  # bytes; a longer message is not copied to stand behind its prefix
 _PIECE = 1 << 20  # bytes of it that are copied at a time, and still in a core's cache when they are sent
+# Answers that may be on their way in pieces: these stay where they are, in memory that the ranks need, for as long as
+# their clients take to read them.
+_IN_PIECES = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Serving:
-    """What all calls of a server share: how a method is found, and the most bytes a message may have."""
+    """What all calls of a server share: how a method is found, the most bytes a message may have, and how many answers
+    are on their way in pieces."""
 
     find: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
     limit: int
     heads: Heads = field(default_factory=Heads)
+    in_pieces: int = 0
 
 
 class Requests:
@@ -126,8 +131,7 @@ class Call:
                 self.requests = Requests(messages, self._message)
                 await self._streamed(handler, messages, context)
             else:
-                raw = await messages.only()
-                last = self._raw(await handler.unary_unary(self._message(raw), context))
+                last = self._raw(await handler.unary_unary(self._message(await messages.only()), context))
         except Aborted:
             pass
         except BodyError as error:
@@ -165,6 +169,10 @@ class Call:
 
     # ---- the answer
 
+    @property
+    def takes_pieces(self) -> bool:
+        return self._serving.in_pieces < _IN_PIECES
+
     def flush(self) -> None:
         self._stream.flush()
 
@@ -186,7 +194,16 @@ class Call:
             self.begin([])
             await self._stream.send(head + raw)
             return
-        pieces = raw if isinstance(raw, list) else [raw]
+        if not isinstance(raw, list):
+            await self._send_pieces([raw])
+            return
+        self._serving.in_pieces += 1
+        try:
+            await self._send_pieces(raw)
+        finally:
+            self._serving.in_pieces -= 1
+
+    async def _send_pieces(self, pieces: list[Buffer]) -> None:
         head = prefix(sum(map(len, pieces)))
         self.begin([])
         await self._stream.send(head)

@@ -30,9 +30,6 @@ class Aborted(grpc.aio.AbortError):
 class Context(grpc.aio.ServicerContext[Any, Any]):
     """The servicer's view of a call, as ``grpc.aio`` documents it."""
 
-    takes_pieces = True
-    """A large answer may be a list of its pieces."""
-
     def __init__(self, call: Call, metadata: Metadata, peer: str, ends: float | None) -> None:
         self._call = call
         self._metadata = metadata
@@ -42,6 +39,12 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         self.trailing: Metadata = ()
         self.callbacks: list[Callable[[Any], None]] = []
         self.ended = False
+
+    @property
+    def takes_pieces(self) -> bool:
+        """Whether a large answer may be a list of its pieces now. Not while many are on their way: whoever does not
+        read them would keep the memory that they lie in from all others."""
+        return self._call.takes_pieces
 
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Iterable[tuple[str, Any]] = ()
