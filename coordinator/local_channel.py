@@ -184,6 +184,8 @@ class LocalChannel:
             raise
 
     def send(self, dispatch: Dispatch) -> None:
+        if self._socket is None:
+            return  # another rank was lost while the command went out to all
         raw = dispatch.placed
         if raw is None:
             assert not isinstance(dispatch.command, Execute)

@@ -8,6 +8,8 @@ import pytest
 from coordinator.channels import Dispatch
 from coordinator.commands import BatchInput, Execute, Failed, Probe
 from coordinator.dtypes import DataType
+from coordinator.errors import Unavailable
+from coordinator.generation import Generation
 from coordinator.local_channel import ATTACHED, INLINE, LocalChannel, LocalMemory, host_id
 from coordinator.main import _loop_factory
 from coordinator.types import TensorValue
@@ -238,6 +240,36 @@ def test_more_commands_than_the_socket_takes_arrive_in_order():
             assert (await rank.command()).seq == seq
 
     run(scenario)
+
+
+def test_a_rank_that_is_lost_while_a_command_goes_out_ends_it_for_all():
+    """The command brings new memory, which the end of the generation has closed when the second rank's turn comes."""
+
+    async def main():
+        ranks = [Rank(), Rank()]
+        memory = LocalMemory(2, reclaim=True)
+        generation = Generation(3, 2, lambda rank: None)
+        channels = [LocalChannel(number, 3, memory, generation) for number in range(2)]
+        generation.attach(channels, memory)
+        try:
+            for rank, channel in zip(ranks, channels, strict=True):
+                accepting = asyncio.create_task(rank.accept(DONE))
+                await channel.open(rank.path, "token")
+                await accepting
+            channels[0]._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # a long message cannot be sent
+            data = bytes(INLINE + 1)
+            value = TensorValue("x", DataType.UINT8, (len(data),), None)
+            command = Execute("m", "1", [BatchInput(value, [data])], ["y" * 50_000], ["r"])
+            with pytest.raises(Unavailable, match="rank 0 was lost: its socket failed: Message too long"):
+                await generation.dispatch(command)
+            assert generation.ended.result().rank == 0
+            assert await asyncio.to_thread(ranks[1].receive) == b""
+        finally:
+            generation.close()
+            for rank in ranks:
+                rank.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
