@@ -25,6 +25,7 @@ with Client(sys.argv[1]) as client:
     ask(client, 1)
     child = os.fork()
     if not child:
+        taken = [os.pipe() for _ in range(8)]  # the numbers of the parent's sockets, which are closed here
         ask(client, 2)
         client.close()
         os._exit(0)

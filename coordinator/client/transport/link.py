@@ -33,6 +33,11 @@ class Link:
         self._unsent_bytes = 0
         self._broken = ""  # why nothing can be sent any more
 
+    @property
+    def closed(self) -> bool:
+        """From here: this is a child of the process that opened it, say. Its number may be another file's by now."""
+        return self.socket.fileno() < 0
+
     # ---- what was read
 
     @property

@@ -51,6 +51,8 @@ class Session:
 
     def usable(self) -> bool:
         """Whether another call can be made, going by what the server has said meanwhile. Does not wait."""
+        if self.link.closed:
+            return False
         try:
             for _ in range(_IDLE_READS):
                 soon = Deadline(_IDLE_SECONDS)
