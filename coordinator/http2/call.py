@@ -27,6 +27,7 @@ _OK = ("grpc-status", "0")
 _TURN = 100  # messages of one call that are read before others have their turn
 _INLINE = 1 << 16  # bytes; a longer message is not copied to stand behind its prefix
 _PIECE = 1 << 20  # bytes of it that are copied at a time, and still in a core's cache when they are sent
+_PIECES_TURN = 4  # of them are sent before others have their turn
 # Answers that may be on their way in pieces: these stay where they are, in memory that the ranks need, for as long as
 # their clients take to read them.
 _IN_PIECES = 16
@@ -207,9 +208,13 @@ class Call:
         head = prefix(sum(map(len, pieces)))
         self.begin([])
         await self._stream.send(head)
+        sent = 0
         for piece in pieces:
             for start in range(0, len(piece), _PIECE):
                 await self._stream.send(bytes(piece[start : start + _PIECE]))
+                sent += 1
+                if not sent % _PIECES_TURN:
+                    await asyncio.sleep(0)  # a client that reads as fast as this sends leaves nothing to wait for
 
     async def _finish(
         self, status: tuple[grpc.StatusCode, str], trailing: Metadata, last: Answer | None = None

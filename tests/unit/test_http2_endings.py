@@ -8,10 +8,8 @@ import random
 import socket
 import sys
 import threading
-import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
-from itertools import pairwise
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -25,12 +23,11 @@ from coordinator.http2.connection import Connection
 from coordinator.http2.fields import metadata_of
 from coordinator.http2.messages import IDENTITY, Messages, prefix
 from tests.unit.test_http2 import Running, channel, client, running
-from tests.unit.test_http2_hostile import CALL, PING, PREFACE, SETTINGS, Raw, frame
+from tests.unit.test_http2_hostile import PING, PREFACE, SETTINGS, Raw, frame
 
 __all__ = ["client", "running"]  # the fixtures
 
 DEADLINE = 20.0  # seconds; a call that does not end takes all of them
-LENDS = tuple((name, "/odd/lends" if name == ":path" else value) for name, value in CALL)
 
 
 class Odd:
@@ -39,7 +36,6 @@ class Odd:
     def __init__(self) -> None:
         self.told: list[grpc.StatusCode] = []
         self.told_all = threading.Event()
-        self.lent: list[bool] = []
 
     async def cancels(self, _data: bytes, _context: Any) -> bytes:
         raise asyncio.CancelledError
@@ -64,11 +60,6 @@ class Odd:
         context.add_done_callback(tell)
         return data
 
-    async def lends(self, _data: bytes, context: Any) -> Any:
-        """More than is kept for a client that does not read."""
-        self.lent.append(context.takes_pieces)
-        return [bytes(3 << 20)] * 2 if self.lent[-1] else bytes(6 << 20)
-
     async def patient(self, _requests: Any, context: Any) -> AsyncIterator[bytes]:
         """Gives up a read, says so, and reads again."""
         first = asyncio.ensure_future(context.read())
@@ -79,7 +70,7 @@ class Odd:
         yield await context.read()
 
     def handler(self) -> grpc.GenericRpcHandler:
-        unary = (self.cancels, self.trails, self.leads, self.calls_back, self.lends)
+        unary = (self.cancels, self.trails, self.leads, self.calls_back)
         methods: dict[str, Any] = {one.__name__: grpc.unary_unary_rpc_method_handler(one) for one in unary}
         methods["patient"] = grpc.stream_stream_rpc_method_handler(self.patient)
         return grpc.method_handlers_generic_handler("odd", methods)
@@ -151,27 +142,6 @@ def test_refused_uploads_give_their_room_back(running: Running, client: grpc.Cha
         return [(one.state.num_streams, one.state.conn_recv_available) for one in running.server._connections]
 
     assert running.run(states()) == [(0, 32 << 20)]
-
-
-def test_clients_that_do_not_read_are_lent_no_more_than_some_answers(odd: Odd, running: Running) -> None:
-    """An answer in pieces lies in memory that the ranks need."""
-    with Raw(running) as raw:
-        for count in range(1, 21):
-            raw.call(*LENDS, stream=2 * count - 1)
-            _until(lambda count=count: len(odd.lent) == count)
-    assert odd.lent == [True] * 16 + [False] * 4
-    _until(lambda: not any(one.calls for one in running.server._connections))
-    with Raw(running) as raw:
-        raw.call(*LENDS)
-        _until(lambda: len(odd.lent) == 21)
-    assert odd.lent[-1]
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_a_closed_connection_is_forgotten_at_once(running: Running) -> None:
@@ -281,25 +251,6 @@ def test_messages_however_they_are_cut() -> None:
             return [one async for one in Messages(chunk, IDENTITY, 100)]
 
         assert asyncio.run(read()) == sent
-
-
-@pytest.mark.parametrize("most", [1 << 16, 1 << 19, 1 << 22])
-def test_large_messages_however_they_are_cut(most: int) -> None:
-    """Those that are put together while they arrive, among others; some pieces are empty."""
-    dice = random.Random(most)
-    sent = [dice.randbytes(size) for size in (3, (256 << 10) - 1, 256 << 10, 0, 1 << 20, 700_001, 5)]
-    body = b"".join(prefix(len(one)) + one for one in sent)
-    cuts = sorted(dice.choices(range(len(body)), k=2 * len(body) // most)) * 2
-    edges = [0, *sorted(cuts), len(body)]
-    chunks = iter([body[start:stop] for start, stop in pairwise(edges)])
-
-    async def chunk() -> bytes | None:
-        return next(chunks, None)
-
-    async def read() -> list[bytes]:
-        return [bytes(one) async for one in Messages(chunk, IDENTITY, 1 << 20)]
-
-    assert asyncio.run(read()) == sent
 
 
 def test_binary_metadata_joined_on_the_way() -> None:
