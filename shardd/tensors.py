@@ -135,12 +135,13 @@ class Kept:
 
 
 def to_host(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same tensors, contiguous and on the CPU; device copies are started together and awaited once."""
+    """The same tensors, contiguous and on the CPU, their bytes their values; device copies are started together and
+    awaited once."""
     hosts: list[Any] = []
     for value in values:
         if not value.is_cpu:
             break
-        hosts.append(value.contiguous())
+        hosts.append((value.resolve_neg() if value.is_neg() else value).contiguous())
     else:
         return hosts
     hosts = []

@@ -49,6 +49,15 @@ def test_tensors_that_make_no_sense(message: tensor_pb2.Tensor) -> None:
         whole(message)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_values_whose_bytes_have_the_other_sign_are_sent_as_they_are(count: int) -> None:
+    """A view of a conjugate's imaginary part only remembers that it is negated."""
+    value = torch.complex(torch.zeros(count), torch.arange(1.0, count + 1)).conj().imag
+    assert value.is_neg()
+    (host,) = tensors.to_host([value])
+    assert struct.unpack(f"{count}f", tensors.copied(host)) == tuple(-float(number) for number in range(1, count + 1))
+
+
 def test_views_into_a_buffer_keep_to_it() -> None:
     message = tensor_pb2.Tensor(name="x", dtype=tensor_pb2.INT32, shape=[2])
     assert tensors.decode(message, bytearray(range(16)), 8).tolist() == [0x0B0A0908, 0x0F0E0D0C]
