@@ -42,7 +42,7 @@ class Messages:
     """Iterates over the messages of a body that arrives in chunks cut anywhere; ``chunk`` gives the next, then None.
 
     ``encoding`` is that of the field ``grpc-encoding``, ``limit`` the most bytes a message may have, unpacked too.
-    Iterating raises BodyError.
+    Iterating raises BodyError; when it is cancelled, the next time goes on with the same message.
     """
 
     def __init__(self, chunk: Callable[[], Awaitable[bytes | None]], encoding: bytes, limit: int) -> None:
@@ -52,25 +52,30 @@ class Messages:
         self._held: deque[bytes] = deque()
         self._start = 0  # bytes of the first chunk that are taken
         self._size = 0
+        self._head: tuple[int, int] | None = None  # of the message that is arriving
+        self._whole: memoryview | None = None  # it, while it is put together
+        self._there = 0  # bytes of it
 
     def __aiter__(self) -> AsyncIterator[Buffer]:
         return self
 
     async def __anext__(self) -> Buffer:
-        if not await self._fill(_PREFIX.size):
-            if self._size:
-                raise BodyError(grpc.StatusCode.INVALID_ARGUMENT, "the request ends within a message's prefix")
-            raise StopAsyncIteration
-        compressed, size = _PREFIX.unpack(self._take(_PREFIX.size))
+        if self._head is None:
+            if not await self._fill(_PREFIX.size):
+                if self._size:
+                    raise BodyError(grpc.StatusCode.INVALID_ARGUMENT, "the request ends within a message's prefix")
+                raise StopAsyncIteration
+            self._head = _PREFIX.unpack(self._take(_PREFIX.size))
+        compressed, size = self._head
         if size > self._limit:
             raise _too_large(f"{size}", self._limit)
-        if not await self._fill(size if size < _LARGE else size // _SHARE):
+        if self._whole is None and not await self._fill(size if size < _LARGE else size // _SHARE):
             raise _cut(self._size, size)
         if compressed == 0 and size >= _LARGE:
             return await self._gathered(size)
         if not await self._fill(size):
             raise _cut(self._size, size)
-        data = self._take(size)
+        data, self._head = self._take(size), None
         if compressed == 0:
             return data
         if compressed != 1:
@@ -114,14 +119,16 @@ class Messages:
     async def _gathered(self, size: int) -> memoryview:
         """A large message, put together while it arrives: to join its chunks at the end takes time that nobody else
         uses."""
-        whole = np.empty(size, np.uint8).data
-        at = 0
-        while at < size:
+        if self._whole is None:
+            self._whole, self._there = np.empty(size, np.uint8).data, 0
+        whole = self._whole
+        while (at := self._there) < size:
             if not await self._fill(1):
                 raise _cut(at, size)
             piece = self._take(min(len(self._held[0]) - self._start, size - at))
             whole[at : at + len(piece)] = piece
-            at += len(piece)
+            self._there += len(piece)
+        self._head = self._whole = None
         return whole.toreadonly()
 
     def _take(self, size: int) -> bytes:

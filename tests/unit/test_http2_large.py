@@ -13,7 +13,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from coordinator.http2.call import Call, Serving
+from coordinator.http2.call import Call, Requests, Serving
 from coordinator.http2.messages import IDENTITY, Messages, prefix
 from tests.unit.test_http2 import Running, running
 from tests.unit.test_http2_hostile import CALL, Raw
@@ -41,6 +41,35 @@ def test_large_messages_however_they_are_cut(most: int) -> None:
         return [bytes(one) async for one in Messages(chunk, IDENTITY, 1 << 20)]
 
     assert asyncio.run(read()) == sent
+
+
+def test_reads_that_are_cancelled_within_a_message_lose_nothing_of_it() -> None:
+    sent = [b"small" * 9, random.Random(5).randbytes(1 << 20), b"", b"last"]
+    body = b"".join(prefix(len(one)) + one for one in sent)
+
+    async def read() -> tuple[list[bytes], int]:
+        chunks: asyncio.Queue[bytes | None] = asyncio.Queue()
+        requests = Requests(Messages(chunks.get, IDENTITY, 1 << 20), bytes)
+        found: list[bytes] = []
+        cancelled = 0
+        edges = [*range(0, 60, 3), *range(60, len(body), 50_000), len(body)]
+        for start, stop in pairwise(edges):
+            chunks.put_nowait(body[start:stop])
+            while not chunks.empty():
+                reading = asyncio.ensure_future(anext(requests))
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                if not reading.done():
+                    cancelled += reading.cancel()
+                    await asyncio.gather(reading, return_exceptions=True)
+                else:
+                    found.append(reading.result())
+        chunks.put_nowait(None)
+        return found + [one async for one in requests], cancelled
+
+    found, cancelled = asyncio.run(read())
+    assert found == sent
+    assert cancelled > 20
 
 
 def test_clients_that_do_not_read_are_lent_no_more_than_some_answers(running: Running) -> None:
