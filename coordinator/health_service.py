@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc
 
 from coordinator.core import Core
+from coordinator.errors import MAX_MESSAGE
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 SERVICE = "grpc.health.v1.Health"
@@ -30,7 +31,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def Check(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
         status = self._status(request.service)
         if status == pb.HealthCheckResponse.SERVICE_UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}"[:MAX_MESSAGE])
         return pb.HealthCheckResponse(status=status)
 
     async def Watch(self, request: pb.HealthCheckRequest, context: Context) -> AsyncIterator[pb.HealthCheckResponse]:

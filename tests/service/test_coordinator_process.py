@@ -99,6 +99,13 @@ def test_health_is_served_on_both_ports_by_every_name(cluster):
             assert failure(lambda stub=stub: check(stub, "nobody")).code() is grpc.StatusCode.NOT_FOUND
 
 
+def test_an_unknown_service_is_named_as_far_as_a_status_can(cluster):
+    with grpc.insecure_channel(cluster.coordinator.address) as channel:
+        error = failure(lambda: check(health_pb2_grpc.HealthStub(channel), "n" * 300_000))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert "no service 'nnn" in error.details()
+
+
 def test_the_health_port_serves_nothing_else(cluster):
     with grpc.insecure_channel(listening(cluster)["health"]) as channel:
         stub = coordinator_pb2_grpc.CoordinatorStub(channel)
