@@ -27,7 +27,7 @@ _OK = ("grpc-status", "0")
 _TURN = 100  # messages of one call that are read before others have their turn
 _INLINE = 1 << 16  # bytes; a longer message is not copied to stand behind its prefix
 _PIECE = 1 << 20  # bytes of it that are copied at a time, and still in a core's cache when they are sent
-_PIECES_TURN = 4  # of them are sent before others have their turn
+_BYTES_TURN = 4 << 20  # of an answer that are sent before others have their turn
 # Answers that may be on their way in pieces: these stay where they are, in memory that the ranks need, for as long as
 # their clients take to read them.
 _IN_PIECES = 16
@@ -211,9 +211,11 @@ class Call:
         sent = 0
         for piece in pieces:
             for start in range(0, len(piece), _PIECE):
-                await self._stream.send(bytes(piece[start : start + _PIECE]))
-                sent += 1
-                if not sent % _PIECES_TURN:
+                part = bytes(piece[start : start + _PIECE])
+                await self._stream.send(part)
+                sent += len(part)
+                if sent >= _BYTES_TURN:
+                    sent = 0
                     await asyncio.sleep(0)  # a client that reads as fast as this sends leaves nothing to wait for
 
     async def _finish(

@@ -126,7 +126,7 @@ class Eager:
     def flush(self) -> None: ...
 
 
-@pytest.mark.parametrize("pieces", [[1 << 26], [7] * 64, [3 << 20] * 20])
+@pytest.mark.parametrize("pieces", [[1 << 26], [1 << 19] * 64, [3 << 20] * 20])
 def test_a_large_answer_lets_others_have_their_turn(pieces: list[int]) -> None:
     async def large(_data: bytes, _context: Any) -> Any:
         return [bytes(size) for size in pieces]
@@ -142,4 +142,4 @@ def test_a_large_answer_lets_others_have_their_turn(pieces: list[int]) -> None:
         assert sum(sizes) == sum(pieces) + len(prefix(0))
         return others[0]
 
-    assert asyncio.run(answer()) < 10
+    assert asyncio.run(answer()) < 12
