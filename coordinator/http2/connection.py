@@ -17,13 +17,14 @@ from coordinator.http2.stream import Gone, Stream
 
 PREFACE = 20.0  # seconds that a new connection has to say that it speaks HTTP/2
 PATIENCE = 0.5  # seconds that a client has to say that it has heard of the end
+IDLE_PATIENCE = 0.05  # seconds that one without calls has; what it sends meanwhile is told not to have been looked at
 MAX_HEADER_LIST = 16 << 10  # bytes as HTTP/2 counts them, 32 more for each field
 # What the state reads of a head: past that it leaves fields out without a word, and past four times that it ends the
 # connection with all its calls. So that a call with somewhat too much is told so, it is more than a call may have.
 _READ_HEADER_LIST = 16 * MAX_HEADER_LIST
 _TURN = 500  # frames that are acted upon before others have their turn
 _OWED = 1000  # control frames that a client may send while it reads no answers
-_PROTOCOL_ERROR, _CALM = 1, 11  # RFC 9113, section 7
+_NO_ERROR, _PROTOCOL_ERROR, _CALM = 0, 1, 11  # RFC 9113, section 7
 _OPTIONS: dict[str, Any] = {
     "initial_window_size": 8 << 20,
     "connection_window": 32 << 20,
@@ -251,7 +252,8 @@ class Connection(asyncio.Protocol):
         self.flush()
         if self._expiry is not None:
             self._expiry.cancel()
-        self._expiry = self._loop.call_later(PATIENCE, self._end)  # a client that hangs need not answer
+        patience = PATIENCE if self.calls else IDLE_PATIENCE
+        self._expiry = self._loop.call_later(patience, self._end)  # a client that hangs need not answer
 
     def cut(self) -> None:
         """Ends whatever still runs."""
@@ -267,6 +269,10 @@ class Connection(asyncio.Protocol):
 
     def _end(self) -> None:
         self._ending = True
+        if self.state.graceful and not self.state.shutdown_final:
+            self.state.send_goaway(
+                _NO_ERROR
+            )  # whatever else was sent has not been looked at, and can be sent elsewhere
         self._close_if_done()
 
     def _close_if_done(self) -> None:

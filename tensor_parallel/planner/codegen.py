@@ -58,6 +58,13 @@ _DIRECT: dict[Any, Callable[..., Any]] = {
     aten.tanh.default: torch.tanh,
 }
 
+_IN_PLACE: dict[Any, Callable[..., Any]] = {
+    aten.relu.default: torch.relu_,
+    aten.gelu.default: torch._C._nn.gelu_,  # type: ignore[attr-defined]
+    aten.silu.default: torch._C._nn.silu_,
+}
+"""What computes the same in its argument's own memory, whose type is that of the result for any argument."""
+
 _ELEMENTWISE = (aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default)
 """Their result is laid out as their argument is."""
 
@@ -82,8 +89,9 @@ def generate(
     """``fn(inputs, states, constants) -> (outputs, updates)`` for ``rank``, and its source.
 
     With ``record_entries`` False, which is for calls that record no gradient, the steps that matter to gradients only
-    are left out, and a sum over ranks takes over the memory of what nothing else needs. With ``called``, runs of steps
-    that a compiler may join are functions of their own (see ``segments``), of which it gives what to call.
+    are left out, and sums over ranks and activations take over the memory of what nothing else needs. With
+    ``called``, runs of steps that a compiler may join are functions of their own (see ``segments``), of which it gives
+    what to call.
     """
     from tensor_parallel.planner.runtime import AllReduce, Enter, add_part
 
@@ -122,6 +130,10 @@ def generate(
             number = _root(alias, step.args[0].id)
             if owned(number) and number in last.get(step.out, ()):
                 step = replace(step, fn=_SumInPlace(group))
+        if step.fn in _IN_PLACE and not record_entries:
+            number = _root(alias, step.args[0].id)
+            if owned(number) and number in last.get(step.out, ()):
+                step = replace(step, fn=_IN_PLACE[step.fn])
         if step.fn is aten.linear.default and not record_entries and device.type == "cpu":
             features_first = step.out not in joined and layout.is_free(step.out)
             step = replace(step, fn=cpu_linear.linear_features_first if features_first else cpu_linear.linear)

@@ -160,9 +160,11 @@ def test_a_closed_connection_is_forgotten_at_once(running: Running) -> None:
 
 def test_a_silent_client_does_not_hold_up_the_end(running: Running) -> None:
     with Raw(running) as raw:
-        raw.send(frame(PING, 0, 0, bytes(8)))
-        assert any(isinstance(one, h2.H2FramePing) for one in raw.frames())  # it is served; from here on it is silent
+        raw.call(*CALL)
+        assert raw.answer()["grpc-status"] == "0"
         running.run(running.server.stop(60))  # twice as long as ``run`` waits
+        said = [one.last_stream_id for one in raw.frames() if isinstance(one, h2.H2FrameGoAway)]
+    assert said == [2**31 - 1, 1]  # it leaves, and then: what came after the first call was not looked at
 
 
 def test_what_a_transport_keeps_stays_readable() -> None:

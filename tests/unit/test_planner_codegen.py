@@ -84,3 +84,41 @@ def test_only_what_nothing_else_needs_is_overwritten(name):
     for ours, plain in zip(found[False], found[True], strict=True):
         assert torch.equal(ours, plain)
     assert clones == [1, 0 if in_place else 1]
+
+
+ACTIVATIONS = {
+    "alone": (lambda act: _program((LINEAR, (0, 1)), (act, (2,)), outputs=[3]), True),
+    "before another layer": (
+        lambda act: _program((LINEAR, (0, 1)), (act, (2,)), (aten.neg.default, (3,)), outputs=[4]),
+        True,
+    ),
+    "its argument is an output too": (lambda act: _program((LINEAR, (0, 1)), (act, (2,)), outputs=[3, 2]), False),
+    "its argument is used later": (
+        lambda act: _program((LINEAR, (0, 1)), (act, (2,)), (aten.neg.default, (2,)), outputs=[3, 4]),
+        False,
+    ),
+    "a view of its argument lives on": (
+        lambda act: _program((LINEAR, (0, 1)), (aten.view.default, (2, (12,))), (act, (2,)), outputs=[4, 3]),
+        False,
+    ),
+    "of the input": (lambda act: _program((act, (0,)), outputs=[2]), False),
+    "of a weight": (lambda act: _program((act, (1,)), outputs=[2]), False),
+}
+
+
+@pytest.mark.parametrize("act", [aten.relu.default, aten.gelu.default, aten.silu.default])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_overwrite_only_what_nothing_else_needs(name, act):
+    made, in_place = ACTIVATIONS[name]
+    program = made(act)
+    group, cpu = Group(0, 1), torch.device("cpu")
+    run, source = generate(program, 0, group, cpu, "t", record_entries=False)
+    plain, _ = generate(program, 0, group, cpu, "p", record_entries=True)
+    x, weight = torch.randn(4, 5), torch.randn(3, 5)
+    kept = x.clone(), weight.clone()
+    with torch.no_grad():
+        got, want = run([x], [weight], [])[0], plain([x], [weight], [])[0]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(x, kept[0])
+    assert torch.equal(weight, kept[1])
+    assert (f"{act._schema.name.removeprefix('aten::')}_" + "_" in source) == in_place, source
