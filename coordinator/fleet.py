@@ -226,6 +226,8 @@ class Fleet:
 
     def _finish(self, generation: Generation, ending: Ending) -> None:
         self._metrics.generation_ended(ending.kind)
+        if ending.rank is not None and ending.disconnected:
+            self.ranks[ending.rank].lost(ending.disconnected)
         self._set(BROKEN, f"generation {generation.number} has ended: {ending.reason}")
         self._on_ended(ending)
 

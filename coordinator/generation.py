@@ -31,11 +31,13 @@ UNEVEN_GRACE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why a generation ended. ``kind`` is a stable word for metrics; ``rank`` the culprit where known."""
+    """Why a generation ended. ``kind`` is a stable word for metrics; ``rank`` the culprit where known.
+    ``disconnected``: how that rank's channel was lost, if that was it."""
 
     kind: str
     reason: str
     rank: int | None = None
+    disconnected: str = ""
 
 
 @dataclass(slots=True)
@@ -183,7 +185,7 @@ class Generation:
         self.suspect(Ending("broken", f"rank {rank}: {reason}", rank))
 
     def disconnected(self, rank: int, reason: str) -> None:
-        self.end(Ending("rank_lost", f"rank {rank} was lost: {reason}", rank))
+        self.end(Ending("rank_lost", f"rank {rank} was lost: {reason}", rank, disconnected=reason))
 
     def suspect(self, symptom: Ending) -> None:
         """Ends the generation for ``symptom`` unless a cause ends it first, within CAUSE_GRACE seconds."""

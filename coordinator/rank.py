@@ -71,6 +71,7 @@ class Rank:
         self.alive = False
         self.error = "has not answered yet"
         self.restarts = 0
+        self._hurry = asyncio.Event()
         self._connect()
 
     def _connect(self) -> None:
@@ -119,7 +120,10 @@ class Rank:
                 last = loop.time()
                 with contextlib.suppress(grpc.RpcError):
                     await self.ask_status(lease())
-            await asyncio.sleep(max(0.0, self._next_beat(last) - loop.time()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, self._next_beat(last) - loop.time())):
+                    await self._hurry.wait()
+            self._hurry.clear()
 
     def _next_beat(self, last: float) -> float:
         """When to ask again after ``last``: an interval after the last sign of life, or when the lease calls for it.
@@ -133,6 +137,16 @@ class Rank:
     def heard(self, now: float) -> None:
         """The rank gave another sign of life at ``now``: it answered a command."""
         self.seen = self._answered_command = now
+
+    def lost(self, reason: str) -> None:
+        """Its channel has ended, most likely with it; a heartbeat, which goes out now, tells."""
+        if self.alive:
+            self._gone(reason)
+            self._hurry.set()
+
+    def _gone(self, reason: str) -> None:
+        self.alive, self.error = False, reason
+        get_logger().warning("rank_lost", rank=self.index, address=self.address, reason=reason)
 
     def _answered(self, status: pb.StatusResponse, now: float) -> None:
         before = self.status
@@ -152,10 +166,10 @@ class Rank:
             return  # it answered a command meanwhile: slow, not gone
         self._timeouts = self._timeouts + 1 if timed_out else 0
         reason = f"no answer for {self._config.heartbeat_timeout:g} s" if timed_out else _reason(error)
-        was_alive, self.alive, self.error = self.alive, False, reason
-        if was_alive:
-            get_logger().warning("rank_lost", rank=self.index, address=self.address, reason=reason)
+        if self.alive:
+            self._gone(reason)
             self._on_change(self)
+        self.error = reason
         if self._timeouts >= RECONNECT_AFTER:
             self._timeouts = 0
             old = (self._pulse_channel, self.channel)
