@@ -23,7 +23,7 @@ from coordinator.http2.connection import Connection
 from coordinator.http2.fields import metadata_of
 from coordinator.http2.messages import IDENTITY, Messages, prefix
 from tests.unit.test_http2 import Running, channel, client, running
-from tests.unit.test_http2_hostile import PING, PREFACE, SETTINGS, Raw, frame
+from tests.unit.test_http2_hostile import CALL, PING, PREFACE, SETTINGS, Raw, frame
 
 __all__ = ["client", "running"]  # the fixtures
 
