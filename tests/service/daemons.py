@@ -47,6 +47,14 @@ def wait_for(condition, what: str, seconds: float = START_SECONDS, every: float 
     return value
 
 
+def _state(thread: Path) -> str:
+    """One letter: proc(5); none of a thread that has ended meanwhile."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 class DaemonProcess:
     """One ``shardd``, running until it is stopped, killed or dies."""
 
@@ -77,6 +85,11 @@ class DaemonProcess:
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
+
+    def suspend(self) -> None:
+        """SIGSTOP. Its threads stop one after another, and one of them could still take a command; so it waits."""
+        self.process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: set(map(_state, Path(f"/proc/{self.pid}/task").iterdir())) == {"T"}, "every thread to stop")
 
     def kill(self) -> None:
         """SIGKILL, and reap."""

@@ -212,7 +212,7 @@ def test_a_killed_rank_is_told_at_once_and_replaced(daemons: Daemons, ranks: Ran
 
 def test_a_stopped_rank_touches_nothing_of_the_next_generation(daemons: Daemons, ranks: Ranks) -> None:
     command = shard_pb2.ExecuteModel(model="mlp", version="1", inputs=[wire("x", inputs())])
-    daemons[1].signal(signal.SIGSTOP)
+    daemons[1].suspend()
     try:
         ranks.send(execute=command)
         wait_for(lambda: ranks[0].status().busy_milliseconds > 100, "rank 0 to wait for rank 1")

@@ -248,7 +248,7 @@ def test_a_hung_up_coordinator_ends_the_generation(ranks: LocalRanks) -> None:
 
 def test_a_stopped_rank_cannot_write_where_the_next_generation_reads(daemons: Daemons, ranks: LocalRanks) -> None:
     old = ranks.channels[1]
-    daemons[1].signal(signal.SIGSTOP)
+    daemons[1].suspend()
     try:
         ranks.send(**ranks.command(X))
         wait_for(lambda: ranks[0].status().busy_milliseconds > 50, "rank 0 to wait for rank 1")
