@@ -54,6 +54,10 @@ class PlanError(TensorParallelError):
     """No provably correct plan could be made for a model."""
 
 
+class NotPortable(TensorParallelError):
+    """A plan cannot be handed to another process, or what was handed over is no plan for this one; says why."""
+
+
 class CannotCompile(TensorParallelError, RuntimeError):
     """``execution="compile"`` cannot be had: for this model, or on this machine; the message says why."""
 

@@ -22,6 +22,7 @@ from tensor_parallel.errors import (
     DoesNotFit,
     InvalidInput,
     LoadCancelled,
+    NotPortable,
     PlanError,
     TensorParallelError,
     out_of_memory,
@@ -68,6 +69,8 @@ class ServedModel:
     _module: nn.Module = field(repr=False)
     compiled: int | None = None
     """How many functions were compiled; None where execution is eager."""
+    planned_by: str = "this rank"
+    """Or ``a peer``, whose plan was given to :func:`load_model`."""
     _names: dict[pytree.TreeSpec, list[str]] = field(default_factory=dict, repr=False)
     _known: dict[Form, _Known] = field(default_factory=dict, repr=False)
     """By the inputs' names, types and sizes, where nothing else decides what is to be done."""
@@ -112,6 +115,14 @@ class ServedModel:
             total += int(words.sum(dtype=torch.int64))
         return total
 
+    def export_plan(self) -> bytes:
+        """All that was planned for this model so far, for :func:`load_model` of a process that takes a lost rank's
+        place. Raises :class:`~tensor_parallel.errors.NotPortable`.
+        """
+        from tensor_parallel.planner.portable import pack
+
+        return pack(self._module.plans() if isinstance(self._module, ShardedModule) else [self.plan])
+
     def validate(self, inputs: Mapping[str, Tensor]) -> Form:
         """The request's form, for ``run``. Raises :class:`InvalidInput` naming the field; see
         :meth:`RequestChecker.check`. Runs nothing.
@@ -134,7 +145,7 @@ class ServedModel:
             leaves, spec = pytree.tree_flatten(self._module(**placed))
             return _tensors(self._output_names(spec), leaves)
         runner, given = self._module.runner_by_name(placed)
-        outputs = self._output_names(runner.compiled.traced.out_spec)
+        outputs = self._output_names(runner.compiled.signature.out_spec)
         as_they_are = len(placed) == len(inputs) and all(placed[name] is value for name, value in inputs.items())
         if as_they_are and self._module.sizes_decide():
             if len(self._known) >= REMEMBERED:
@@ -205,7 +216,8 @@ def _load(
     total = source.total_bytes
     besides = memory_needed(total) if parsed.verify and not parsed.known_plan else 0
     with PreparedMemory.for_weights(total, world_size, device, besides=besides) as memory:
-        plan = _planned(make_plan, model, source, world_size, parsed)
+        given = _given(model, world_size, parsed)
+        plan = given[0] if given else _planned(make_plan, model, source, world_size, parsed)
         pause()
         memory.stop()  # what is prepared meanwhile would count as neither
         give_back_freed()
@@ -231,7 +243,10 @@ def _load(
     functions: int | None = None
     module = instantiate(plan, model, rank=rank, group=group, read=read, device=device)
     if isinstance(module, ShardedModule):
-        module.plan_branches()  # a request would wait for it, and all behind it
+        for other in given[1:]:
+            module.add_program(other, other.artifact)
+        if not given:
+            module.plan_branches()  # a request would wait for it, and all behind it
         if compiles:
             functions = module.compile_programs(check=parsed.verify)
     if parsed.verify and plan.mode == "modules" and plan.digest() != parsed.known_plan:
@@ -240,8 +255,30 @@ def _load(
     give_back_freed()
     checker = RequestChecker(plan.inputs, source.constraints(), source.default_inputs())
     return ServedModel(
-        plan, source.digest(), loaded.digest, loaded.nbytes, source.unused, checker, device, module.eval(), functions
+        plan,
+        source.digest(),
+        loaded.digest,
+        loaded.nbytes,
+        source.unused,
+        checker,
+        device,
+        module.eval(),
+        functions,
+        "a peer" if given else "this rank",
     )
+
+
+def _given(model: nn.Module, world_size: int, options: ServingOptions) -> list[Plan]:
+    """What a peer has planned, unless that cannot be used here: it only saves time."""
+    if not options.plan:
+        return []
+    from tensor_parallel.planner.portable import unpack_for
+
+    try:
+        return unpack_for(options.plan, model, world_size, options.known_plan)
+    except NotPortable as error:
+        log.warning("the plan of a peer cannot be used: %s", error)
+        return []
 
 
 def _planned(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tensor_parallel.errors import PlanError
+from tensor_parallel.planner.program import PerRank, Ref, Step, map_refs
 from tensor_parallel.planner.reserve import replaced_forward
 
 MOST = 4  # branches of one trace: each is traced the other way too
@@ -130,30 +132,52 @@ def _quotient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return size // divisor if statically_known_true(size >= 0) and statically_known_true(divisor > 0) else None
 
 
+@dataclass
 class Branches:
-    """The conditions that a trace took for granted, as a computation on its inputs."""
+    """The conditions that a trace took for granted, as a computation on its inputs.
 
-    def __init__(
-        self,
+    Values have numbers: those of the flat ``inputs`` (None: no tensor), of ``constants``, and what ``steps`` make.
+    """
+
+    inputs: list[int | None]
+    constants: dict[int, Tensor]
+    steps: list[Step]
+    conditions: list[int]
+    decisions: list[bool]
+
+    @classmethod
+    def of(
+        cls,
         conditions: Sequence[fx.Node],
         decisions: Sequence[bool],
         inputs: Sequence[fx.Node | None],
         constants: Mapping[fx.Node, Tensor],
-    ) -> None:
-        self.conditions, self.decisions = list(conditions), list(decisions)
-        self.inputs, self.constants = list(inputs), dict(constants)
+    ) -> Branches:
+        """Those of a trace. Raises :class:`PlanError` when they depend on more than values of the inputs."""
         given = {node for node in inputs if node is not None} | constants.keys()
         needed = set(conditions)
-        self.steps: list[fx.Node] = []
         nodes: list[fx.Node] = list(conditions[0].graph.nodes) if conditions else []
+        numbers = {node: number for number, node in enumerate(nodes)}
+        steps: list[Step] = []
+
+        def ref(node: fx.Node) -> Any:
+            return Ref(numbers[node])
+
         for node in reversed(nodes):
             if node not in needed or node in given:
                 continue
             if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 raise PlanError("a branch on more than values of the inputs")
-            self.steps.append(node)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), ref)  # type: ignore[misc]
+            steps.append(Step(node.target, args, kwargs, numbers[node], node.name))  # type: ignore[arg-type]
             needed.update(node.all_input_nodes)
-        self.steps.reverse()
+        return cls(
+            inputs=[None if node is None else numbers[node] for node in inputs],
+            constants={numbers[node]: tensor for node, tensor in constants.items()},
+            steps=steps[::-1],
+            conditions=[numbers[node] for node in conditions],
+            decisions=list(decisions),
+        )
 
     def hold(self, leaves: Sequence[Any]) -> bool:
         """Whether these inputs decide as the trace does."""
@@ -162,19 +186,23 @@ class Branches:
     def decide(self, leaves: Sequence[Any], expected: Sequence[bool]) -> list[bool]:
         """How these inputs decide, on the way that the trace went; computed on the CPU, as the trace was. Ends with the
         first decision that is not as ``expected``: what is computed after it may make no sense for such inputs."""
-        values: dict[fx.Node, Any] = dict(self.constants)
-        for node, leaf in zip(self.inputs, leaves, strict=True):
-            if node is not None:
-                values[node] = leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+        values: dict[int, Any] = dict(self.constants)
+        for number, leaf in zip(self.inputs, leaves, strict=True):
+            if number is not None:
+                values[number] = leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
         decided: list[bool] = []
         steps = iter(self.steps)
         with torch.no_grad():
             for condition, wanted in zip(self.conditions, expected, strict=True):
                 while condition not in values:
-                    node = next(steps)
-                    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[misc]
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    step = next(steps)
+                    args, kwargs = map_refs((step.args, step.kwargs), lambda ref: values[ref.id], _no_ranks)
+                    values[step.out] = step.fn(*args, **kwargs)
                 decided.append(bool(values[condition]))
                 if decided[-1] is not wanted:
                     break
         return decided
+
+
+def _no_ranks(constant: PerRank) -> Any:
+    raise AssertionError("conditions are the same on all ranks")

@@ -190,7 +190,7 @@ def plan_traced(
         program=program_digest(prover.program),
         decisions={**best.modes, **best.forced},
         training=twin.training,
-        artifact=Compiled(traced, prover.program, names, _shapes(traced)),
+        artifact=Compiled(traced.signature(), prover.program, names),
     )
     if not check:
         return plan
@@ -203,10 +203,6 @@ def _verify(twin: nn.Module, prover: Prover, traced: Traced, tensors: Tensors, s
     buffers = {tensors.canonical(name): buffer for name, buffer in twin.named_buffers(remove_duplicate=False)}
     with TRACING:  # the model's own code runs, which asks whether it is being traced
         return verify.verify(prover, traced, tensors, shards, buffers, twin)
-
-
-def _shapes(traced: Traced) -> list[tuple[int, ...] | None]:
-    return [None if node is None else traced.shape(node.meta["val"]) for node in traced.inputs]
 
 
 def _shards(tensors: Tensors, divisions: Mapping[str, Division], ranks: int) -> dict[str, Shard]:

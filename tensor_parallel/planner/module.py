@@ -26,8 +26,8 @@ from tensor_parallel.planner.plan import FREE, Plan
 from tensor_parallel.planner.program import Program
 from tensor_parallel.planner.rehearsal import Alone, Rehearsal
 from tensor_parallel.planner.segments import Called, Segments
+from tensor_parallel.planner.signature import Signature
 from tensor_parallel.planner.stopping import pause
-from tensor_parallel.planner.traced import Traced
 
 _Slot = tuple[dict[str, Any], str]
 _REMEMBERED = 4096  # combinations of sizes whose check is remembered
@@ -35,12 +35,11 @@ _REMEMBERED = 4096  # combinations of sizes whose check is remembered
 
 @dataclass
 class Compiled:
-    """One proven program and how to call it; made by planning, shared by nothing."""
+    """One proven program and how to call it; made by planning, here or by a peer."""
 
-    traced: Traced
+    signature: Signature
     program: Program
     names: list[str]  # of the flat inputs
-    shapes: list[tuple[int, ...] | None]  # of the flat inputs, -1 where free; None for constants
 
 
 class Runner:
@@ -55,14 +54,14 @@ class Runner:
         self._grad, self.source = generate(program, group.rank, group, device, self._tag, record_entries=True)
         self._plain = self._without_gradients(group, None)
         self._slots = [module.slot(name) for name in program.states]
-        self._constants = [compiled.traced.constants[name][1].to(device) for name in program.constants]
+        self._constants = [compiled.signature.constants[name].to(device) for name in program.constants]
         self._updates = [module.slot(name) for name in program.updates]
+        shapes = compiled.signature.shapes()
         self._shapes = [
-            None if shape is None else [(d, size) for d, size in enumerate(shape) if size != FREE]
-            for shape in compiled.shapes
+            None if shape is None else [(d, size) for d, size in enumerate(shape) if size != FREE] for shape in shapes
         ]
         self._admitted: dict[tuple[torch.Size, ...], bool] = {}
-        self._ranks = [None if shape is None else len(shape) for shape in compiled.shapes]
+        self._ranks = [None if shape is None else len(shape) for shape in shapes]
 
     def fits(self, leaves: Sequence[Any]) -> bool:
         """Whether these inputs have the sizes the program was proven for."""
@@ -74,18 +73,18 @@ class Runner:
                 for d, size in fixed:
                     if shape[d] != size:
                         return False
-        if not self.compiled.traced.guards:
+        if not self.compiled.signature.guards:
             return self._decides(leaves)
         sizes = tuple(leaf.shape for leaf, fixed in zip(leaves, self._shapes, strict=True) if fixed is not None)
         if sizes not in self._admitted:
             if len(self._admitted) > _REMEMBERED:
                 self._admitted.clear()
-            self._admitted[sizes] = self.compiled.traced.admits(leaves)
+            self._admitted[sizes] = self.compiled.signature.admits(leaves)
         return self._admitted[sizes] and self._decides(leaves)
 
     def _decides(self, leaves: Sequence[Any]) -> bool:
         """Whether the inputs' values take the branches that the program was traced along."""
-        branches = self.compiled.traced.branches
+        branches = self.compiled.signature.branches
         return branches is None or branches.hold(leaves)
 
     def _without_gradients(self, group: Group, called: Called | None) -> Callable[..., Any]:
@@ -100,7 +99,7 @@ class Runner:
         group = Group(self._group.rank, self._group.world_size, Alone(self._group))
         forward = self._without_gradients(group, rehearsal.called)
         states = [table[key] for table, key in self._slots]
-        rehearsal.run(lambda leaves: forward(leaves, states, self._constants), self.compiled.traced, self._device)
+        rehearsal.run(lambda leaves: forward(leaves, states, self._constants), self.compiled.signature, self._device)
         self._plain = self._without_gradients(self._group, segments.called)
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
@@ -172,9 +171,16 @@ class ShardedModule(nn.Module):
     # ------------------------------------------------------------------ programs
     def add_program(self, plan: Plan, compiled: Compiled) -> Runner:
         runner = Runner(plan, compiled, self, self._group, self._device)
-        key = self._key(compiled.traced.in_spec, compiled.traced.example, plan.training)
+        key = self._key(compiled.signature.in_spec, compiled.signature.example, plan.training)
         self._runners.setdefault(key, []).append(runner)
         return runner
+
+    def plans(self) -> list[Plan]:
+        """Of every program there is; that of the first one made comes first. May be called from any thread."""
+        return [runner.plan for runner in self._all()]
+
+    def _all(self) -> list[Runner]:
+        return [runner for runners in list(self._runners.values()) for runner in runners]
 
     @staticmethod
     def _key(spec: pytree.TreeSpec, leaves: Sequence[Any], training: bool) -> Any:
@@ -185,7 +191,7 @@ class ShardedModule(nn.Module):
         """As the model's own."""
         runner, leaves = self.runner_for(args, kwargs)
         outputs = runner(leaves)
-        return pytree.tree_unflatten(outputs, runner.compiled.traced.out_spec)
+        return pytree.tree_unflatten(outputs, runner.compiled.signature.out_spec)
 
     def runner_by_name(self, inputs: Mapping[str, Tensor]) -> tuple[Runner, Sequence[Any]]:
         """The program for ``forward(**inputs)``, and its flat inputs. For callers that count microseconds."""
@@ -202,7 +208,7 @@ class ShardedModule(nn.Module):
 
     def sizes_decide(self) -> bool:
         """Whether which program runs depends on nothing but the inputs' types and sizes."""
-        return all(runner.compiled.traced.branches is None for runners in self._runners.values() for runner in runners)
+        return all(runner.compiled.signature.branches is None for runner in self._all())
 
     def runner_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Runner, list[Any]]:
         """The program for this call, planned now if there is none yet."""
@@ -222,32 +228,31 @@ class ShardedModule(nn.Module):
     def plan_branches(self) -> int:
         """Plan now what inputs that decide otherwise would need later, where there are few ways; how many programs that
         made. Raises :class:`PlanError`."""
-        before = [runner for runners in self._runners.values() for runner in runners]
+        before = self._all()
         for runner in before:
-            branches = runner.compiled.traced.branches
+            branches = runner.compiled.signature.branches
             if branches is not None and self._planner is not None and len(branches.decisions) <= AHEAD:
                 try_ways(partial(self._plan_way, runner), 2**AHEAD - 1)
-        return sum(len(runners) for runners in self._runners.values()) - len(before)
+        return len(self._all()) - len(before)
 
     def compile_programs(self, *, check: bool) -> int:
         """Compile the programs there are; how many functions that made. ``check``: compare what they compute with what
         they compute uncompiled. Programs planned later run as they are. Raises
         :class:`~tensor_parallel.errors.CannotCompile`."""
         segments = Segments(self._device)
-        for runners in self._runners.values():
-            for runner in runners:
-                runner.compile(segments, check=check)
+        for runner in self._all():
+            runner.compile(segments, check=check)
         return len(segments)
 
     def _plan_way(self, runner: Runner, way: Way) -> int:
         """Plan one way through the model of ``runner``, whose own is planned; how many branches there are on it."""
-        traced = runner.compiled.traced
+        signature = runner.compiled.signature
         if way:
             pause()
             assert self._planner is not None
-            args, kwargs = pytree.tree_unflatten(traced.example, traced.in_spec)
+            args, kwargs = pytree.tree_unflatten(signature.example, signature.in_spec)
             plan, compiled = self._planner(args, kwargs, self.training, way)
             self.add_program(plan, compiled)
-            traced = compiled.traced
-        assert traced.branches is not None
-        return len(traced.branches.decisions)
+            signature = compiled.signature
+        assert signature.branches is not None
+        return len(signature.branches.decisions)

@@ -23,8 +23,8 @@ from tensor_parallel.errors import CannotCompile, TensorParallelError, out_of_me
 from tensor_parallel.group import Group
 from tensor_parallel.planner.export import TRACING
 from tensor_parallel.planner.segments import Segment, Segments, with_compiled
+from tensor_parallel.planner.signature import Signature
 from tensor_parallel.planner.stopping import pause
-from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.verify import distance, tolerance
 
 VERSIONS = 64
@@ -75,14 +75,14 @@ class Rehearsal:
         segment = self._segments.get(body, scope)
         return lambda *args: self._visit(segment, args)
 
-    def run(self, forward: Forward, traced: Traced, device: torch.device) -> None:
+    def run(self, forward: Forward, signature: Signature, device: torch.device) -> None:
         """Compile what ``forward(leaves)`` calls. Raises :class:`CannotCompile`."""
         from torch.fx.experimental import _config as symbolic
 
         def at(sizes: Sizes, visit: Callable[[Segment, tuple[Any, ...]], Any]) -> None:
             self._visit, self._at = visit, 0
             try:
-                forward(_inputs(traced, sizes, device))
+                forward(_inputs(signature, sizes, device))
             except TensorParallelError:
                 raise
             except Exception as error:  # compilers and models raise anything
@@ -93,7 +93,7 @@ class Rehearsal:
         # Sizes that happen to be equal here need not be so in a request.
         apart = symbolic.patch(use_duck_shape=False)  # type: ignore[attr-defined]
         with torch.inference_mode(), apart, torch._dynamo.config.patch(recompile_limit=VERSIONS):
-            for first, second in _kinds(traced):
+            for first, second in _kinds(signature):
                 self._shapes = []
                 at(first, self._note)
                 at(second, self._compile)
@@ -147,25 +147,24 @@ def _copy(value: Tensor) -> Tensor:
     return value.clone() if _is_made(value) else value  # a segment may write to what was made for it
 
 
-def _kinds(traced: Traced) -> Iterator[tuple[Sizes, Sizes]]:
+def _kinds(signature: Signature) -> Iterator[tuple[Sizes, Sizes]]:
     """Pairs of sizes for what is compiled apart: several rows, and one row, which torch takes for a constant."""
-    first, second = traced.assignments[0], traced.assignments[-1]
+    first, second = signature.assignments[0], signature.assignments[-1]
     yield first, second
-    shapes = [node.meta["val"].shape for node in traced.inputs if node is not None]
-    rows = {shape[0].node.expr for shape in shapes if len(shape) and isinstance(shape[0], torch.SymInt)}
-    one = dict.fromkeys((expr for expr in rows if expr.is_Symbol), 1)
-    if one and traced.satisfied(one):
+    rows = {sizes[0] for sizes in signature.sizes if sizes and isinstance(sizes[0], sympy.Symbol)}
+    one = dict.fromkeys(rows, 1)
+    if one and signature.satisfied(one):
         yield {**first, **one}, {**second, **one}
 
 
-def _inputs(traced: Traced, sizes: Sizes, device: torch.device) -> list[Any]:
-    """The example's inputs, repeated or cut to ``sizes``."""
+def _inputs(signature: Signature, assigned: Sizes, device: torch.device) -> list[Any]:
+    """The example's inputs, repeated or cut to the sizes ``assigned``."""
     leaves: list[Any] = []
-    for node, leaf in zip(traced.inputs, traced.example, strict=True):
-        if node is not None:
-            for dim, size in enumerate(node.meta["val"].shape):
-                if isinstance(size, torch.SymInt):
-                    leaf = _resized(leaf, dim, int(size.node.expr.subs(dict(sizes))))
+    for sizes, leaf in zip(signature.sizes, signature.example, strict=True):
+        if sizes is not None:
+            for dim, size in enumerate(sizes):
+                if not isinstance(size, int):
+                    leaf = _resized(leaf, dim, int(size.subs(dict(assigned))))
             leaf = leaf.to(device)
         leaves.append(leaf)
     return leaves

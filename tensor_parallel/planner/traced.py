@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import branches
 from tensor_parallel.planner.branches import Branches
+from tensor_parallel.planner.signature import Signature, satisfies
 
 Shapes = tuple[tuple[int, ...], ...]
 """A tensor's shape at each assignment of the free sizes."""
@@ -51,24 +52,18 @@ class Traced:
         """A tensor's shape, -1 where free."""
         return tuple(-1 if (number := self.fixed(size)) is None else number for size in fake.shape)
 
-    def admits(self, leaves: Sequence[Any]) -> bool:
-        """Whether inputs of these sizes meet everything the trace assumed of its free sizes."""
-        sizes: dict[sympy.Symbol, int] = {}
-        for node, leaf in zip(self.inputs, leaves, strict=True):
-            if node is None:
-                continue
-            for size, actual in zip(node.meta["val"].shape, leaf.shape, strict=True):
-                expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-                if expr.is_Symbol:
-                    if sizes.setdefault(expr, actual) != actual:
-                        return False
-                elif not expr.is_number and expr.subs(sizes) != actual:
-                    return False
-        return self.satisfied(sizes)
-
-    def satisfied(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
-        """Whether these free sizes meet what the trace assumed of them."""
-        return _satisfies(self.guards, sizes)
+    def signature(self) -> Signature:
+        """How what is planned of this is to be called."""
+        return Signature(
+            in_spec=self.in_spec,
+            out_spec=self.out_spec,
+            example=self.example,
+            sizes=[None if node is None else tuple(map(_size, node.meta["val"].shape)) for node in self.inputs],
+            constants={name: tensor for name, (_, tensor) in self.constants.items()},
+            assignments=self.assignments,
+            guards=self.guards,
+            branches=self.branches,
+        )
 
     def values(self, size: Any) -> tuple[int, ...]:
         """A symbolic size at each assignment."""
@@ -84,6 +79,12 @@ class Traced:
     def shapes(self, fake: Tensor) -> Shapes:
         per_dim = [self.values(size) for size in fake.shape]
         return tuple(tuple(dim[k] for dim in per_dim) for k in range(len(self.assignments)))
+
+
+def _size(size: Any) -> Any:
+    """A number, or an expression where the size is free."""
+    number = Traced.fixed(size)
+    return size.node.expr if number is None else number
 
 
 def collect(
@@ -124,7 +125,7 @@ def collect(
         out_spec, count = out_spec.child(0), len(outputs) - len(decided.decisions)
         conditions, outputs = outputs[count:], outputs[:count]
         values = dict(constants.values())
-        taken = branches.Branches(conditions, decided.decisions, inputs, values) if conditions else None
+        taken = Branches.of(conditions, decided.decisions, inputs, values) if conditions else None
         expected = [decision is not (i in decided.flipped) for i, decision in enumerate(decided.decisions)]
         if taken is not None and taken.decide(pytree.tree_leaves((args, kwargs)), expected) != expected:
             raise PlanError("the trace decides otherwise than the model")
@@ -208,11 +209,6 @@ def _guards(exported: torch.export.ExportedProgram) -> tuple[Any, ...]:
     return ()
 
 
-def _satisfies(guards: Sequence[Any], sizes: Mapping[sympy.Symbol, int]) -> bool:
-    """Guards over other symbols than the inputs' sizes are not ours to check."""
-    return not any(guard.free_symbols <= sizes.keys() and guard.subs(sizes) == sympy.false for guard in guards)
-
-
 def _assignments(exported: torch.export.ExportedProgram, guards: Sequence[Any]) -> tuple[dict[sympy.Symbol, int], ...]:
     """The example's sizes, and others: equal sizes stay equal, different ones grow by different primes.
 
@@ -242,7 +238,7 @@ def _assignments(exported: torch.export.ExportedProgram, guards: Sequence[Any]) 
         for symbol, hint in hints.items():
             upper = ranges[symbol].upper if symbol in ranges else sympy.oo
             other[symbol] = grown(hint) if grown(hint) <= upper else hint
-        if other != hints and _satisfies(guards, other):
+        if other != hints and satisfies(guards, other):
             return hints, other
     return (hints,)
 

@@ -207,8 +207,8 @@ def test_conditions_after_one_that_does_not_hold_are_not_computed() -> None:
     model = Looking()
     plan = make_plan(model, {"ids": torch.tensor([[3, 1, 2, 3], [3, 2, 2, 3]])}, 2)
     assert plan.mode == "graph", plan.notes
-    assert len(plan.artifact.traced.branches.decisions) == 2
-    assert not plan.artifact.traced.branches.hold([PLAIN])
+    assert len(plan.artifact.signature.branches.decisions) == 2
+    assert not plan.artifact.signature.branches.hold([PLAIN])
 
 
 def test_whole_quotients_of_sizes_are_sizes() -> None:

@@ -112,7 +112,7 @@ def check(model: nn.Module, plan: Plan, example: Tensor) -> None:
 
 
 def constants(plan: Plan) -> dict[str, Tensor]:
-    return {name: value for name, (_, value) in plan.artifact.traced.constants.items()}
+    return dict(plan.artifact.signature.constants)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
