@@ -13,6 +13,7 @@ from coordinator.errors import ServiceError, Unavailable, from_rpc
 from coordinator.formation import gather
 from coordinator.generation import RETRY_MS
 from coordinator.logging import get_logger
+from coordinator.plans import with_plan
 from coordinator.rank import Rank, calling
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import shard_pb2
@@ -23,7 +24,8 @@ LONGEST = 24 * 3600.0  # no load takes longer; progress within `stall` seconds i
 
 @dataclass(slots=True)
 class RankLoads:
-    """``on_progress`` is called with every change; ``stall`` is how many seconds a rank may say nothing."""
+    """``on_progress`` is called with every change; ``stall`` is how many seconds a rank may say nothing. ``plan`` is a
+    survivor's, if there is one."""
 
     ranks: Sequence[Rank]
     entry: ModelVersion
@@ -31,6 +33,7 @@ class RankLoads:
     lease: shard_pb2.Lease
     stall: float
     on_progress: Callable[[], None]
+    plan: bytes = b""
     progress: dict[int, pb.RankProgress] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     _started: dict[int, tuple[float, int]] = field(default_factory=dict)
@@ -45,7 +48,7 @@ class RankLoads:
         return {rank.index: model for rank, model in zip(self.ranks, loaded, strict=True)}
 
     async def _load(self, rank: Rank) -> shard_pb2.LoadedModel:
-        call = rank.stub.Load(self._request(rank), timeout=LONGEST, metadata=rank.metadata)
+        call = rank.stub.Load(with_plan(self._request(rank), self.plan), timeout=LONGEST, metadata=rank.metadata)
         try:
             while True:
                 with calling():

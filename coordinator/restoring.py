@@ -17,6 +17,8 @@ from coordinator.generation import Generation
 from coordinator.joining import prove
 from coordinator.loading import Loader
 from coordinator.logging import get_logger
+from coordinator.plans import exported_plan
+from coordinator.rank import Rank
 from coordinator.rank_loads import RankLoads, forget
 from protos.tensor_parallel.v1 import coordinator_pb2 as pb
 from protos.tensor_parallel.v1 import shard_pb2
@@ -117,9 +119,8 @@ class Restorer:
         if loaded and expected is None:
             survivor = next(iter(loaded.values()))
             expected = Digests(survivor.source_digest, survivor.plan_digest)
-        loads = RankLoads(lacking, entry, expected, self._loader.lease(), self._config.load_stall, lambda: None)
         try:
-            loaded |= await loads.run()
+            loaded |= await self._load(entry, expected, lacking, [self._fleet.ranks[rank] for rank in loaded])
         except FailedPrecondition as error:
             raise FailedPrecondition(_explain(error, entry, bool(loaded))) from None
         self._loader.agree(entry, loaded, expected)
@@ -131,6 +132,14 @@ class Restorer:
         generation = await self._loader.activate(entry)
         await prove(entry, generation)
         entry.failure, entry.live_in, entry.served = "", generation.number, True
+
+    async def _load(
+        self, entry: ModelVersion, expected: Digests | None, lacking: list[Rank], survivors: list[Rank]
+    ) -> dict[int, shard_pb2.LoadedModel]:
+        """On the ranks that lack it, with what the survivors planned: planning is most of a load."""
+        plan = await exported_plan(survivors, entry) if lacking else b""
+        loads = RankLoads(lacking, entry, expected, self._loader.lease(), self._config.load_stall, lambda: None, plan)
+        return await loads.run()
 
 
 def _order(version: str) -> tuple[int, str]:

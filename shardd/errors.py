@@ -99,6 +99,7 @@ _TABLE = {
     "AccessDenied": Code.PERMISSION_DENIED,
     "LoadCancelled": Code.CANCELLED,
     "PlanError": Code.FAILED_PRECONDITION,
+    "NotPortable": Code.FAILED_PRECONDITION,
     "CannotCompile": Code.FAILED_PRECONDITION,
     "DoesNotFit": Code.FAILED_PRECONDITION,
     "ConfigError": Code.FAILED_PRECONDITION,

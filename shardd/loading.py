@@ -199,6 +199,7 @@ class Loader:
             bytes_read=weights.bytes_read,
             bytes_per_second=int(served.bytes_held / took) if took else 0,
             functions_compiled=weights.functions_compiled,
+            planned=served.planned,
             warnings=weights.warnings,
         )
         self._metrics.loaded(served.bytes_held)
@@ -294,5 +295,5 @@ def give_back() -> None:
 
 
 def fingerprint(request: shard_pb2.ShardLoadRequest) -> bytes:
-    """What decides what a load makes: the path and the options."""
+    """What decides what a load makes: the path and the options. A plan only saves making it."""
     return request.path.encode() + b"\0" + request.options.SerializeToString(deterministic=True)

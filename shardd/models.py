@@ -34,8 +34,11 @@ class Served(Protocol):
 
     @property
     def bytes_held(self) -> int: ...
+    @property
+    def planned(self) -> str: ...
 
     def checksum(self) -> int: ...
+    def export_plan(self) -> bytes: ...
     def validate(self, inputs: Mapping[str, torch.Tensor]) -> Any: ...
     def run(self, inputs: Mapping[str, torch.Tensor], form: Any = None) -> dict[str, torch.Tensor]: ...
 
@@ -103,11 +106,16 @@ class Models:
 
     def active(self, name: str, version: str) -> Model:
         """The version to execute. Raises :class:`UnknownModel` or :class:`WrongState`."""
+        model = self.loaded(name, version)
+        if model.state is not State.ACTIVE:
+            raise WrongState(f"model {name!r} version {version!r} is loaded but not active")
+        return model
+
+    def loaded(self, name: str, version: str) -> Model:
+        """The version, active or not. Raises :class:`UnknownModel`, or :class:`WrongState` while it is being loaded."""
         model = self._models.get((name, version))
         if model is None:
             raise self._absent(name, version)
-        if model.state is not State.ACTIVE:
-            raise WrongState(f"model {name!r} version {version!r} is loaded but not active")
         return model
 
     def get(self, name: str, version: str) -> Model | None:
@@ -131,10 +139,7 @@ class Models:
     def activate(self, name: str, version: str) -> None:
         """Make a loaded version executable; other versions of the name stay as they are."""
         with self._lock:
-            model = self._models.get((name, version))
-            if model is None:
-                raise self._absent(name, version)
-            model.state = State.ACTIVE
+            self.loaded(name, version).state = State.ACTIVE
 
     def unload(self, name: str, version: str) -> None:
         """Forget a version, or with an empty ``version`` all of the name's; its memory is freed by the last user."""

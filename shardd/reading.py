@@ -70,6 +70,7 @@ class Reader:
             options={
                 "verify": verify,
                 "known_plan": request.expected_plan_digest,
+                "plan": request.plan,
                 "execution": request.options.execution,
             },
             progress=lambda done, total: report("reading", done, total),

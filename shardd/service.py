@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import grpc
 
 from protos.tensor_parallel.v1 import coordinator_pb2, shard_pb2, shard_pb2_grpc
+from shardd import plans
 from shardd.errors import Draining, InvalidRequest, Starting, judge
 from shardd.loading import Loader, LoadFailed
 from shardd.logging import Logger
@@ -77,9 +78,10 @@ class ShardService(shard_pb2_grpc.ShardServicer):
 
     @_streams
     def Load(
-        self, request: shard_pb2.ShardLoadRequest, context: grpc.ServicerContext
+        self, requests: Iterator[shard_pb2.ShardLoadRequest], context: grpc.ServicerContext
     ) -> Iterator[shard_pb2.ShardLoadProgress]:
         core = self._ready(context)
+        request = plans.joined(requests)
         if request.HasField("lease"):
             self._board.generations.check_owner(request.lease.owner)
             self._renew(request.lease)
@@ -91,6 +93,14 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     ) -> shard_pb2.CancelLoadResponse:
         self._ready(context).loader.cancel(request.name, request.version)
         return shard_pb2.CancelLoadResponse()
+
+    @_streams
+    def ExportPlan(
+        self, request: shard_pb2.ExportPlanRequest, context: grpc.ServicerContext
+    ) -> Iterator[shard_pb2.ExportPlanPart]:
+        self._ready(context)
+        model = self._board.models.loaded(request.name, request.version)
+        yield from plans.parts(model.served.export_plan())
 
     @_answers
     def Fence(self, request: shard_pb2.FenceRequest, context: grpc.ServicerContext) -> shard_pb2.FenceResponse:

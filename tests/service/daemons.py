@@ -206,14 +206,14 @@ class Daemons:
     def addresses(self) -> list[str]:
         return [member.address for member in self.members]
 
-    def restart(self, rank: int) -> Shardd:
+    def restart(self, rank: int, module: str = "") -> Shardd:
         """Kill the daemon of ``rank`` if it lives, and start another at the same address."""
         self.members[rank].kill()
-        self.members[rank] = self._start(rank)
+        self.members[rank] = self._start(rank, module)
         self.members[rank].await_address()
         return self.members[rank]
 
-    def _start(self, rank: int) -> Shardd:
+    def _start(self, rank: int, module: str = "") -> Shardd:
         listen = self._ports.get(rank) or ("127.0.0.1:0" if self._tcp else f"unix:{self.directory}/rank{rank}.sock")
         arguments = ["--rank", str(rank), "--world-size", str(self.count), "--listen", listen]
         arguments += ["--device", self._device, "--model-root", str(self._root), "--log-format", "json"]
@@ -222,5 +222,5 @@ class Daemons:
             port_file=self.directory / f"rank{rank}.port",
             log=self.directory / f"rank{rank}.log",
             env=self._env,
-            module=self._module,
+            module=module or self._module,
         )

@@ -146,7 +146,11 @@ class Rank:
         request = shard_pb2.ShardLoadRequest(
             name=name, version=version, path=path, options=options or coordinator_pb2.LoadOptions(), **fields
         )
-        return self.stub.Load(request, timeout=60, metadata=self.metadata)
+        return self.stub.Load(iter([request]), timeout=60, metadata=self.metadata)
+
+    def export_plan(self, name: str, version: str = "1", seconds: float = SECONDS) -> bytes:
+        request = shard_pb2.ExportPlanRequest(name=name, version=version)
+        return b"".join(part.data for part in self.stub.ExportPlan(request, timeout=seconds, metadata=self.metadata))
 
     def fence(self, generation: int, reason: str = "test") -> shard_pb2.FenceResponse:
         request = shard_pb2.FenceRequest(generation=generation, lease=self.lease(), reason=reason)

@@ -298,7 +298,7 @@ def test_only_bearers_of_the_token(tmp_path: Path, basics: list[str]) -> None:
     try:
         for given in ((), (("authorization", "Bearer wrong"),), (("authorization", "a-token-for-tests"),)):
             rank = Rank(daemon.address, metadata=given)
-            for call in (rank.status, lambda r=rank: list(r.load_stream("m", "p"))):
+            for call in (rank.status, lambda r=rank: list(r.load_stream("m", "p")), lambda r=rank: r.export_plan("m")):
                 with pytest.raises(grpc.RpcError) as refusal:
                     call()
                 assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from protos.tensor_parallel.v1 import shard_pb2
-from shardd.loading import LoadedWeights, Loader
+from shardd.loading import LoadedWeights, Loader, fingerprint
 from shardd.metrics import Metrics
 from shardd.models import Models
 
@@ -21,6 +21,7 @@ class Log:
 
 class Served:
     bytes_held = 1000
+    planned = "by a peer"
 
 
 def logged(stages: list[tuple[str, int]]) -> dict[str, Any]:
@@ -46,8 +47,16 @@ def test_reading_is_timed_by_itself() -> None:
     assert line["reading_seconds"] >= 0.04
     assert line["bytes_per_second"] <= 1000 / 0.04
     assert line["bytes_read"] == 1200
+    assert line["planned"] == "by a peer"
 
 
 def test_nothing_read_has_no_speed() -> None:
     line = logged([("planning", 0), ("reading", 1000)])
     assert (line["reading_seconds"], line["bytes_per_second"]) == (0, 0)
+
+
+def test_a_plan_does_not_make_it_another_load() -> None:
+    request = shard_pb2.ShardLoadRequest(name="m", version="1", path="p")
+    given = shard_pb2.ShardLoadRequest(name="m", version="1", path="p", plan=b"a peer's")
+    assert fingerprint(given) == fingerprint(request)
+    assert fingerprint(given) != fingerprint(shard_pb2.ShardLoadRequest(name="m", version="1", path="q"))
