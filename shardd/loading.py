@@ -199,7 +199,7 @@ class Loader:
             bytes_read=weights.bytes_read,
             bytes_per_second=int(served.bytes_held / took) if took else 0,
             functions_compiled=weights.functions_compiled,
-            planned=served.planned,
+            planned_by=served.planned_by,
             warnings=weights.warnings,
         )
         self._metrics.loaded(served.bytes_held)

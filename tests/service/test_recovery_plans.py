@@ -47,9 +47,9 @@ def replace(cluster: Cluster, *lost: int, coordinator: bool = False, module: str
     cluster.await_serving()
 
 
-def planned(cluster: Cluster, rank: int) -> dict[str, str]:
-    """By model: where the plan that the rank goes by was made. Its processes write to one log, the last one last."""
-    return {line["model"]: line["planned"] for line in cluster.daemons[rank].events("load_finished")}
+def planned_by(cluster: Cluster, rank: int) -> dict[str, str]:
+    """By model: who made the plan that the rank goes by. Its processes write to one log, the last one last."""
+    return {line["model"]: line["planned_by"] for line in cluster.daemons[rank].events("load_finished")}
 
 
 def right(cluster: Cluster) -> bool:
@@ -84,7 +84,7 @@ def test_replacements_go_by_the_survivors_plans(cluster, lost):
     kept = {rank: loads(cluster)[rank] for rank in range(3) if rank not in lost}
     replace(cluster, *lost)
     assert right(cluster)
-    assert {rank: planned(cluster, rank) for rank in lost} == dict.fromkeys(lost, dict.fromkeys(MODELS, "by a peer"))
+    assert {rank: planned_by(cluster, rank) for rank in lost} == dict.fromkeys(lost, dict.fromkeys(MODELS, "a peer"))
     assert [digests(address) for address in cluster.daemons.addresses] == before
     assert {rank: loads(cluster)[rank] for rank in kept} == kept
 
@@ -92,25 +92,25 @@ def test_replacements_go_by_the_survivors_plans(cluster, lost):
 def test_a_coordinator_that_knows_nothing_yet_asks_for_them_too(cluster):
     replace(cluster, 1, coordinator=True)
     assert right(cluster)
-    assert planned(cluster, 1) == dict.fromkeys(MODELS, "by a peer")
+    assert planned_by(cluster, 1) == dict.fromkeys(MODELS, "a peer")
 
 
 def test_without_survivors_every_rank_plans(cluster):
     replace(cluster, 0, 1, 2)
     assert right(cluster)
-    assert [planned(cluster, rank) for rank in range(3)] == [dict.fromkeys(MODELS, "here")] * 3
+    assert [planned_by(cluster, rank) for rank in range(3)] == [dict.fromkeys(MODELS, "this rank")] * 3
 
 
 def test_a_replacement_of_an_older_build_makes_nothing_of_a_plan(cluster):
     replace(cluster, 2, module=OLDER)
     assert right(cluster)
-    assert planned(cluster, 2) == dict.fromkeys(MODELS, "here")
+    assert planned_by(cluster, 2) == dict.fromkeys(MODELS, "this rank")
 
 
 def test_survivors_of_an_older_build_have_none_to_give(cluster):
     replace(cluster, 0, 1, module=OLDER)
     replace(cluster, 2)
     assert right(cluster)
-    assert planned(cluster, 2) == dict.fromkeys(MODELS, "here")
+    assert planned_by(cluster, 2) == dict.fromkeys(MODELS, "this rank")
     refused = cluster.coordinator.events("plan_not_exported")
     assert {line["code"] for line in refused} == {grpc.StatusCode.UNIMPLEMENTED.name}

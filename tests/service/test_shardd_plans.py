@@ -44,9 +44,9 @@ def code(call) -> grpc.StatusCode:
     return refused.value.code()
 
 
-def planned(daemons: Daemons, rank: int, name: str) -> str:
-    """Where the plan of the last load of ``name`` came from."""
-    return [line for line in daemons[rank].events("load_finished") if line["model"] == name][-1]["planned"]
+def planned_by(daemons: Daemons, rank: int, name: str) -> str:
+    """Who made the plan of the last load of ``name``."""
+    return [line for line in daemons[rank].events("load_finished") if line["model"] == name][-1]["planned_by"]
 
 
 def load(ranks: Ranks, name: str, path: str, plan: bytes, **fields) -> shard_pb2.LoadedModel:
@@ -103,11 +103,11 @@ def test_a_plan_does_not_wait_for_what_runs(ranks: Ranks, daemons: Daemons) -> N
 def test_a_load_with_a_peers_plan_makes_the_same(ranks: Ranks, daemons: Daemons) -> None:
     held = ranks.load("mlp", MLP)
     made = load(ranks, "twin", MLP, ranks[0].export_plan("mlp"), **expectations(held[1]))
-    assert planned(daemons, 1, "twin") == "by a peer"
+    assert planned_by(daemons, 1, "twin") == "a peer"
     digests = [(model.source_digest, model.plan_digest, model.shard_digest) for model in (held[1], made)]
     assert digests[0] == digests[1]
     ranks[0].load("twin", MLP)
-    assert planned(daemons, 0, "twin") == "here"
+    assert planned_by(daemons, 0, "twin") == "this rank"
     ranks.form()
     first = array(ranks.execute("mlp", x=X)[0].execute.outputs[0])
     np.testing.assert_array_equal(array(ranks.execute("twin", x=X)[0].execute.outputs[0]), first)
@@ -132,7 +132,7 @@ def test_a_spoiled_plan_is_left_aside(ranks: Ranks, daemons: Daemons, how: str) 
     plan = spoiled(ranks[0].export_plan("mlp"))[how]
     pid = ranks[1].status().pid
     made = load(ranks, how, MLP, plan, **expectations(held[1]))
-    assert planned(daemons, 1, how) == "here"
+    assert planned_by(daemons, 1, how) == "this rank"
     assert (made.plan_digest, made.shard_digest) == (held[1].plan_digest, held[1].shard_digest)
     assert ranks[1].status().pid == pid
 
@@ -142,10 +142,10 @@ def test_a_plan_of_another_model_or_of_nothing_known_is_left_aside(ranks: Ranks,
     [mine, _], [_, other] = ranks.load("mlp", MLP), ranks.load("wide", MLP, options=wide)
     plan = ranks[0].export_plan("mlp")
     made = load(ranks, "wide-again", MLP, plan, options=wide, **expectations(other))
-    assert planned(daemons, 1, "wide-again") == "here"
+    assert planned_by(daemons, 1, "wide-again") == "this rank"
     assert made.shard_digest == other.shard_digest
     load(ranks, "unexpected", MLP, plan)
-    assert planned(daemons, 1, "unexpected") == "here"
+    assert planned_by(daemons, 1, "unexpected") == "this rank"
     # Nor does it help to expect the wrong plan: that is refused, whoever made it.
     refused = {"options": wide, "expected_plan_digest": mine.plan_digest}
     assert code(lambda: load(ranks, "wrong", MLP, plan, **refused)) is Code.FAILED_PRECONDITION

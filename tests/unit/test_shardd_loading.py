@@ -21,7 +21,7 @@ class Log:
 
 class Served:
     bytes_held = 1000
-    planned = "by a peer"
+    planned_by = "a peer"
 
 
 def logged(stages: list[tuple[str, int]]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_reading_is_timed_by_itself() -> None:
     assert line["reading_seconds"] >= 0.04
     assert line["bytes_per_second"] <= 1000 / 0.04
     assert line["bytes_read"] == 1200
-    assert line["planned"] == "by a peer"
+    assert line["planned_by"] == "a peer"
 
 
 def test_nothing_read_has_no_speed() -> None:
