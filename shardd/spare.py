@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,9 +54,7 @@ def main(arguments: Sequence[str]) -> int:
             control.sendall(UNFIT)
             return 1
         control.sendall(READY)
-        if not select.select([control], [], [], IDLE_SECONDS)[0]:
-            _import_more()
-        while (request := _receive(control)) is not None:
+        for request in _requests(control):
             if not fit():
                 control.sendall(UNFIT)
                 return 1
@@ -104,6 +102,20 @@ def fit() -> bool:
 
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def _requests(control: socket.socket) -> Iterator[list[int]]:
+    """Until there is no more supervisor. Those of the first ranks come at once; when none comes for a while, more is
+    imported."""
+    quiet = False
+    while True:
+        if not quiet and not select.select([control], [], [], IDLE_SECONDS)[0]:
+            quiet = True
+            _import_more()
+        request = _receive(control)
+        if request is None:
+            return
+        yield request
 
 
 def _receive(control: socket.socket) -> list[int] | None:

@@ -107,7 +107,7 @@ def test_ranks_are_forked_children_of_the_supervisor(running, log):
         assert os.getpgid(process.pid) == process.pid
         assert process.cmdline()[:3] == ["shardd", "--rank", str(rank["rank"])]
         assert process.create_time() >= spare.create_time()
-    assert spare.num_threads() == 1
+    until(lambda: spare.num_threads() == 1, "what it imports in a quiet moment")
     assert spare.cmdline()[0] == "shardd: spare"
 
 
@@ -121,6 +121,14 @@ def test_a_replacement_made_of_the_spare_serves(running, log, how):
     assert spare_pid(log) == spare  # one spare makes any number of ranks
     with Client(running.target, retries=True) as client:
         np.testing.assert_allclose(client.forward("mlp", {"x": X})["output"], expected(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_spare_left_alone_imports_what_only_some_models_need(running, log):
+    """Not before the ranks are made, so a replacement's first Hugging Face model need not wait for that."""
+    assert serving(running)
+    maps = Path(f"/proc/{spare_pid(log)}/maps")
+    until(lambda: "/regex/" in maps.read_text(), "a library that transformers brings", bound=60)
+    replaced(running, 1, signal.SIGKILL)
 
 
 def test_without_its_spare_a_rank_is_started_from_nothing(running, log):
