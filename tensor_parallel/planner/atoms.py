@@ -12,7 +12,6 @@ grouped queries and tied weights all come out of this one relation.
 from __future__ import annotations
 
 import operator
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +83,19 @@ class Atoms:
             if self.any_shared:
                 self._shared[self.find(high)] |= self._shared[high]
 
+    def groups_joined(self, a: Labels, b: Labels) -> int:
+        """How many groups there would be of these, were ``a[i]`` joined with ``b[i]`` for every i."""
+        left, right = self.find(a).reshape(-1), self.find(b).reshape(-1)
+        roots = _unique(np.concatenate([left, right]))
+        number = np.empty(self._size, dtype=np.int64)  # by root; only theirs are written and read
+        number[roots] = np.arange(len(roots))
+        # Neighbours often belong to the same two groups (the features of a head): once will do.
+        new = _starts((left[1:] != left[:-1]) | (right[1:] != right[:-1]), len(left))
+        scratch = Atoms()
+        joined = scratch.create("", len(roots))
+        scratch.union(number[left[new]], number[right[new]])
+        return scratch.groups(joined)
+
     def is_shared(self, labels: Labels) -> NDArray[np.bool_]:
         return self._shared[self.find(labels)]
 
@@ -116,21 +128,24 @@ class Atoms:
 
         Two groups are of one kind when they join the same segments of the same weights. Raises :class:`TooFew`.
         """
-        roots = self.find(np.arange(self._size, dtype=np.int64))
-        group = np.cumsum(roots == np.arange(self._size)) - 1  # groups by their lowest member, which is the root
-        group = group[roots]
-        count = distinct(roots)
+        every = np.arange(self._size, dtype=np.int64)
+        roots = self.find(every)
+        lowest = roots == every  # groups by their lowest member, which is the root
+        group = (np.cumsum(lowest) - 1)[roots]
+        count = int(np.count_nonzero(lowest))
         segments = self._segment[: self._size] * len(self._names) + self._weight[: self._size]
         kinds = _sets(group, segments, count)
         # A kind too small to deal by itself joins the others of its weights.
         by_weight = _sets(group, self._weight[: self._size], count)
-        shared = self._shared[: self._size][np.unique(roots)]
+        shared = self._shared[: self._size][lowest]
         few = np.bincount(kinds, weights=~shared)[kinds] < ranks
         pools = np.where(shared, -1, np.where(few, count + by_weight, kinds))
         rank_of_group = np.full(count, ALL, dtype=np.int64)
         too_few: list[tuple[int, frozenset[str]]] = []
-        for pool in np.unique(pools[~shared]):
-            members = np.flatnonzero(pools == pool)
+        order = np.argsort(pools, kind="stable")
+        for members in np.split(order, np.flatnonzero(np.diff(pools[order])) + 1):
+            if not len(members) or shared[members[0]]:
+                continue
             if len(members) < ranks:
                 too_few.append((int(members[0]), self.weights(np.flatnonzero(np.isin(group, members)))))
             rank_of_group[members] = np.repeat(np.arange(ranks), split_sizes(len(members), ranks))
@@ -145,17 +160,39 @@ class Atoms:
 
 def distinct(labels: Labels) -> int:
     """How many different labels there are."""
-    flat = np.sort(labels, axis=None)
-    return int(np.count_nonzero(flat[1:] != flat[:-1])) + bool(len(flat))
+    return len(_unique(labels))
+
+
+def _unique(labels: Labels) -> Labels:
+    """The different labels in order. ``np.unique`` hashes or sorts from scratch; labels come in long ascending runs,
+    which a stable sort merges: a hundred times faster for a large model's."""
+    ordered = np.sort(labels, axis=None, kind="stable")
+    return ordered[_starts(ordered[1:] != ordered[:-1], len(ordered))]
+
+
+def _starts(changes: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
+    """Where runs of equal things start among ``count``, of which ``changes`` tells whether two neighbours differ."""
+    return np.concatenate([np.ones(min(count, 1), dtype=np.bool_), changes])
 
 
 def _sets(group: Labels, item: Labels, count: int) -> Labels:
     """A number for each of ``count`` groups, equal for groups whose members' items are the same set."""
     width = int(item.max(initial=0)) + 1
-    pairs = np.unique(group * width + item)
-    starts = np.searchsorted(pairs, np.arange(count + 1) * width)
-    items = pairs % width
+    pairs = _unique(group * width + item)
+    owner, items = np.divmod(pairs, width)
+    sizes = np.bincount(owner, minlength=count)
+    starts = np.cumsum(sizes) - sizes
+    # Most groups have the same items as the one before: a number is looked up for the others only.
+    alike = np.concatenate([np.zeros(min(count, 1), dtype=np.bool_), sizes[1:] == sizes[:-1]])
+    before = np.arange(len(pairs)) - sizes[owner]
+    differs = alike[owner] & (items != items[before])
+    changed = ~alike
+    changed[owner[differs]] = True
     numbers: dict[bytes, int] = {}
-    return np.array(
-        [numbers.setdefault(items[a:b].tobytes(), len(numbers)) for a, b in pairwise(starts.tolist())], dtype=np.int64
-    )
+    first = np.flatnonzero(changed)
+    found = [
+        numbers.setdefault(items[a : a + n].tobytes(), len(numbers))
+        for a, n in zip(starts[first].tolist(), sizes[first].tolist(), strict=True)
+    ]
+    result: Labels = np.array(found, dtype=np.int64)[np.cumsum(changed) - 1]
+    return result

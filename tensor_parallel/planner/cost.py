@@ -9,12 +9,13 @@ in MPICH", 2005), relative to the collectives a plan of this depth cannot avoid.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from tensor_parallel.planner.placement import ALL
+import numpy as np
+
+from tensor_parallel.planner.placement import ALL, counts
 from tensor_parallel.planner.prover import OUTPUT, Communication
 from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.tensors import Tensors
@@ -45,10 +46,10 @@ def bytes_per_rank(tensors: Tensors, divisions: Mapping[str, Division], ranks: i
     held = [0] * ranks
     for name, stored in tensors.stored.items():
         division = divisions.get(name)
-        owned = Counter(division[1]) if division is not None else Counter({ALL: 1})
-        each = stored.nbytes // max(1, owned.total())
-        for rank in range(ranks):
-            held[rank] += each * (owned[rank] + owned[ALL])
+        owner = np.asarray(division[1] if division is not None else [ALL], dtype=np.int64)
+        each = stored.nbytes // max(1, len(owner))
+        for rank, count in enumerate(counts(owner, ranks)):
+            held[rank] += each * count
     return tuple(held)
 
 

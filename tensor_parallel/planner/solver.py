@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from tensor_parallel.partition import split_sizes
-from tensor_parallel.planner.atoms import Atoms, TooFew
+from tensor_parallel.planner.atoms import Atoms, Labels, TooFew
 from tensor_parallel.planner.engine import Engine
 from tensor_parallel.planner.placement import ALL, PARTIAL, REPLICATED, Owners, Place, Sharded, Undecided, Unproven
 from tensor_parallel.planner.program import Ref
@@ -22,7 +22,7 @@ from tensor_parallel.planner.tensors import Tensors
 from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Value
 
-Division = tuple[int, tuple[int, ...]]
+Division = tuple[int, Sequence[int] | Labels]
 """A dimension and the rank that owns each index along it."""
 
 _WORTH_ADDING = 4096  # bytes: a smaller bias is added sooner by one rank than by each its part
@@ -72,8 +72,8 @@ class Solver(Engine):
         for name, choice in self.decided.items():
             if choice is not None:
                 dim, owners = choice
-                ranks = tuple(rank_of[owners[0]].tolist())
-                if any(rank != ALL for rank in ranks):
+                ranks = rank_of[owners[0]]
+                if (ranks != ALL).any():
                     result[name] = (dim, ranks)
         for name, mode in self.modes.items():
             if mode == "store":
@@ -98,7 +98,7 @@ class Solver(Engine):
 
     def _even(self, name: str, dim: int) -> Division:
         sizes = split_sizes(self.tensors.shape(name)[dim], self.ranks)
-        return dim, tuple(int(r) for r in np.repeat(np.arange(self.ranks), sizes))
+        return dim, np.repeat(np.arange(self.ranks), sizes)
 
     # ------------------------------------------------------------------ atoms
     def unify(self, a: Owners, b: Owners) -> Owners:
@@ -114,7 +114,9 @@ class Solver(Engine):
         for labels in (left, right):
             if self.atoms.groups(labels) < self.ranks:
                 raise TooFew(self.atoms.weights(labels))
-        if _groups_after(self.atoms.find(left), self.atoms.find(right)) < self.ranks:
+        if (self.atoms.find(left) == self.atoms.find(right)).all():
+            return a  # nothing is left to join
+        if self.atoms.groups_joined(left, right) < self.ranks:
             raise Unproven("would leave fewer parts than ranks")
         self.atoms.union(left, right)
         return a
@@ -142,7 +144,7 @@ class Solver(Engine):
             return False
         roots = self.atoms.find(rows)
         first = np.broadcast_to(roots[:, :1], roots.shape)
-        if rows.shape[0] < self.ranks or _groups_after(first.reshape(-1), roots.reshape(-1)) < self.ranks:
+        if rows.shape[0] < self.ranks or self.atoms.groups_joined(first, roots) < self.ranks:
             return False
         self.atoms.union(np.ascontiguousarray(first).reshape(-1), roots.reshape(-1))
         return True
@@ -293,15 +295,6 @@ class Solver(Engine):
 def _line(labels: np.ndarray, dim: int) -> np.ndarray:
     """The labels along ``dim`` at the first index of every other dimension."""
     return labels[tuple(slice(None) if d == dim else 0 for d in range(labels.ndim))].copy()
-
-
-def _groups_after(left: np.ndarray, right: np.ndarray) -> int:
-    """How many groups remain when ``left[i]`` and ``right[i]`` are joined."""
-    _, compact = np.unique(np.concatenate([left, right]), return_inverse=True)
-    scratch = Atoms()
-    scratch.create("", int(compact.max(initial=-1)) + 1)
-    scratch.union(compact[: len(left)], compact[len(left) :])
-    return scratch.groups(compact)
 
 
 _PERMUTING = (
