@@ -110,6 +110,7 @@ def plan_skeleton(
         with TRACING, warnings.catch_warnings(), reserved(twin):
             warnings.simplefilter("ignore")
             traced = trace(twin, args, kwargs, flipped=flipped)
+            traced.release()
         return plan_traced(
             twin,
             traced,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tensor_parallel import Group
@@ -106,3 +108,16 @@ def test_one_rank_has_one_plan(ranks: int, several: bool, monkeypatch: pytest.Mo
     made = make_plan(Lookup(), IDS, ranks, gather_outputs=True)
     assert made.mode == "graph"
     assert (len(tried) > 1) == several
+
+
+def test_a_plan_that_is_gone_leaves_little_behind() -> None:
+    """torch never frees a trace wholly, and models are loaded and unloaded for months."""
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32, use_cache=False)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(3, 60, (2, 8))
+    counts = []
+    for _ in range(4):
+        make_plan(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 2, verify=False)
+        gc.collect()
+        counts.append(len(gc.get_objects()))
+    assert counts[-1] - counts[-2] < 1500  # 7,000 with torch's cache of one trace
