@@ -23,7 +23,7 @@ from tests.service.daemons import DaemonProcess, Daemons, wait_for
 FACTORIES = (
     *("shard_models:mlp", "shard_models:moody", "shard_models:picky", "shard_models:sabotaged"),
     *("shard_models:gated", "shard_models:deep"),
-    *("coordinator_models:time_first", "coordinator_models:head"),
+    *("coordinator_models:time_first", "coordinator_models:head", "coordinator_models:paired"),
 )
 CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 

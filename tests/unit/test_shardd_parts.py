@@ -33,6 +33,7 @@ Code = grpc.StatusCode
         (library.LoadCancelled("x"), Code.CANCELLED, False),
         (LoadCancelled("x"), Code.CANCELLED, False),
         (library.PlanError("x"), Code.FAILED_PRECONDITION, False),
+        (library.NotPortable("x"), Code.FAILED_PRECONDITION, False),
         (library.DoesNotFit("x"), Code.FAILED_PRECONDITION, False),
         (library.PeerLost("x"), Code.UNAVAILABLE, True),
         (library.CollectiveAborted("x"), Code.UNAVAILABLE, True),
