@@ -60,6 +60,12 @@ def _loading(_: argparse.Namespace) -> list[Report]:
     return [loading()]
 
 
+def _recovery(_: argparse.Namespace) -> list[Report]:
+    from tests.benchmarks.recovery import recovery
+
+    return [recovery()]
+
+
 def _linear(_: argparse.Namespace) -> list[Report]:
     from tests.benchmarks.linear import linears
 
@@ -98,6 +104,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Report]]] = {
     "served": _served,
     "minilm": _minilm,
     "loading": _loading,
+    "recovery": _recovery,
     "planner": _planner,
     "compile": _compile,
     "planning": _planning,

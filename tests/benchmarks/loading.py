@@ -17,16 +17,16 @@ from tests.benchmarks.cluster import up
 from tests.benchmarks.report import Report
 
 
-def _checkpoint(folder: Path, layers: int) -> int:
-    """A Llama of ``layers`` wide layers, so that there is much to read and little to plan; returns its bytes."""
+def checkpoint(folder: Path, layers: int, hidden: int = 3072) -> int:
+    """A Llama; few wide layers are much to read and little to plan. Returns its bytes."""
     import transformers
 
     config = transformers.LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
         num_hidden_layers=layers,
-        num_attention_heads=24,
-        num_key_value_heads=8,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=min(8, hidden // 128),
         vocab_size=16000,
         dtype="bfloat16",
     )
@@ -64,7 +64,7 @@ def loading(*, layers: int = 3) -> Report:
     report = Report("load", "python -m tests.benchmarks loading")
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root, "llama")
-        total = _checkpoint(folder, layers)
+        total = checkpoint(folder, layers)
         floor = min(_read_all(folder, keep=False) for _ in range(6))
         for case, seconds in (("reused", floor), ("kept", _read_all(folder, keep=True))):
             report.add(
