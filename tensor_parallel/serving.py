@@ -22,12 +22,12 @@ from tensor_parallel.errors import (
     DoesNotFit,
     InvalidInput,
     LoadCancelled,
-    NotPortable,
     PlanError,
     TensorParallelError,
     out_of_memory,
 )
 from tensor_parallel.group import Group
+from tensor_parallel.planned import find, keep
 from tensor_parallel.planner.module import Runner, ShardedModule
 from tensor_parallel.planner.plan import InputSpec, OutputSpec, Plan
 from tensor_parallel.planner.shard import Shard
@@ -48,7 +48,7 @@ class _Known:
     outputs: list[str]
 
 
-@dataclass
+@dataclass(eq=False)
 class ServedModel:
     """A rank's weights and program. ``run`` is for one thread; everything else may be called from any.
 
@@ -70,7 +70,9 @@ class ServedModel:
     compiled: int | None = None
     """How many functions were compiled; None where execution is eager."""
     planned_by: str = "this rank"
-    """Or ``a peer``, whose plan was given to :func:`load_model`."""
+    """Or ``a peer``, whose plan was given to :func:`load_model`, or ``an earlier load``, of a model still loaded."""
+    architecture: str = field(default="", repr=False)
+    """Equal to that of another model if what was planned for one serves the other; empty if that is not known."""
     _names: dict[pytree.TreeSpec, list[str]] = field(default_factory=dict, repr=False)
     _known: dict[Form, _Known] = field(default_factory=dict, repr=False)
     """By the inputs' names, types and sizes, where nothing else decides what is to be done."""
@@ -121,7 +123,11 @@ class ServedModel:
         """
         from tensor_parallel.planner.portable import pack
 
-        return pack(self._module.plans() if isinstance(self._module, ShardedModule) else [self.plan])
+        return pack(self.plans())
+
+    def plans(self) -> Sequence[Plan]:
+        """All that was planned for this model so far; what it was loaded by comes first."""
+        return self._module.plans() if isinstance(self._module, ShardedModule) else [self.plan]
 
     def validate(self, inputs: Mapping[str, Tensor]) -> Form:
         """The request's form, for ``run``. Raises :class:`InvalidInput` naming the field; see
@@ -216,8 +222,8 @@ def _load(
     total = source.total_bytes
     besides = memory_needed(total) if parsed.verify and not parsed.known_plan else 0
     with PreparedMemory.for_weights(total, world_size, device, besides=besides) as memory:
-        given = _given(model, world_size, parsed)
-        plan = given[0] if given else _planned(make_plan, model, source, world_size, parsed)
+        known = find(source, model, world_size, parsed)
+        plan = known.plans[0] if known.plans else _planned(make_plan, model, source, world_size, parsed)
         pause()
         memory.stop()  # what is prepared meanwhile would count as neither
         give_back_freed()
@@ -243,9 +249,9 @@ def _load(
     functions: int | None = None
     module = instantiate(plan, model, rank=rank, group=group, read=read, device=device)
     if isinstance(module, ShardedModule):
-        for other in given[1:]:
+        for other in known.plans[1:]:
             module.add_program(other, other.artifact)
-        if not given:
+        if not known.plans:
             module.plan_branches()  # a request would wait for it, and all behind it
         if compiles:
             functions = module.compile_programs(check=parsed.verify)
@@ -254,7 +260,7 @@ def _load(
         _rehearse(module, source, device)
     give_back_freed()
     checker = RequestChecker(plan.inputs, source.constraints(), source.default_inputs())
-    return ServedModel(
+    served = ServedModel(
         plan,
         source.digest(),
         loaded.digest,
@@ -264,21 +270,11 @@ def _load(
         device,
         module.eval(),
         functions,
-        "a peer" if given else "this rank",
+        known.planned_by,
+        known.architecture,
     )
-
-
-def _given(model: nn.Module, world_size: int, options: ServingOptions) -> list[Plan]:
-    """What a peer has planned, unless that cannot be used here: it only saves time."""
-    if not options.plan:
-        return []
-    from tensor_parallel.planner.portable import unpack_for
-
-    try:
-        return unpack_for(options.plan, model, world_size, options.known_plan)
-    except NotPortable as error:
-        log.warning("the plan of a peer cannot be used: %s", error)
-        return []
+    keep(served)
+    return served
 
 
 def _planned(

@@ -61,6 +61,9 @@ class FactorySource(Source):
         options = self.options
         return {"factory": self._name, "kwargs": options.kwargs, "dtype": options.dtype, "inputs": options.inputs}
 
+    def architecture(self) -> None:
+        """A factory may build anything, and look at anything to decide what."""
+
     def stored(self) -> Iterator[StoredTensor]:
         yield from self._stored.values()
 

@@ -87,6 +87,12 @@ class Source(ABC):
             return torch.empty(shard.local_shape(value.shape, rank), dtype=value.dtype)
         return parts[0] if shard.dim is None or len(parts) == 1 else torch.cat(parts, shard.dim)
 
+    def architecture(self) -> Mapping[str, object] | None:
+        """What decides what the model computes, besides its tensors: two models of which this is equal are one but for
+        their weights. None where that cannot be told.
+        """
+        return {"kind": self.kind, **self._describe()}
+
     @property
     def total_bytes(self) -> int:
         """Bytes of the model's distinct parameters and buffers, in the dtype it is served in."""

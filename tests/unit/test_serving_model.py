@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensor_parallel import serving
+from tensor_parallel import planned, serving
 from tensor_parallel.checkpoint import Source, open_source
 from tensor_parallel.errors import DoesNotFit, InvalidInput, LoadCancelled, PlanError
 from tensor_parallel.group import Group
@@ -134,10 +134,12 @@ def test_a_known_plan_is_neither_verified_nor_tried_again(archive: Path, monkeyp
 
     monkeypatch.setattr("tensor_parallel.planner.verify.verify", fail)
     monkeypatch.setattr(serving, "_rehearse", fail)
+    planned._keepers.clear()
     again = load(open_source(archive), options={"known_plan": first.plan_digest})
     assert (again.plan.verified, again.plan_digest) == ("by its peers", first.plan_digest)
     assert load(picky(fits=True), options={"known_plan": other.plan_digest}).plan_digest == other.plan_digest
     for source in (open_source(archive), picky(fits=True)):
+        planned._keepers.clear()
         with pytest.raises((AssertionError, PlanError), match="checked again"):
             load(source, options={"known_plan": "of another plan"})
 
