@@ -40,6 +40,7 @@ class Atoms:
         self._shared: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)  # by root: held by every rank
         self.any_shared = False
         self._names: list[str] = []
+        self._sizes: list[int] = []  # by weight: how many atoms it has
 
     def create(self, weight: str, size: int) -> Labels:
         """New atoms for the ``size`` indices of a dimension of ``weight``."""
@@ -55,6 +56,7 @@ class Atoms:
         self._segment[start : self._size] = 0
         self._weight[start : self._size] = len(self._names)
         self._names.append(weight)
+        self._sizes.append(size)
         return fresh
 
     def find(self, labels: Labels) -> Labels:
@@ -101,15 +103,19 @@ class Atoms:
 
     def share(self, labels: Labels, limit: float) -> bool:
         """Let every rank hold these indices and those joined to them, if they are at most ``limit`` of each weight."""
+        most = limit * np.array(self._sizes)
+
+        def too_many(atoms: Labels) -> bool:
+            return bool((np.bincount(self._weight[atoms], minlength=len(most)) > most).any())
+
+        if too_many(_unique(labels)):  # as most often: all others need not be looked at
+            return False
         inside = np.zeros(self._size, dtype=np.bool_)
         inside[self.find(labels)] = True
-        members = inside[self.find(np.arange(self._size, dtype=np.int64))]
-        weight = self._weight[: self._size]
-        total = np.bincount(weight, minlength=len(self._names))
-        mine = np.bincount(weight[members], minlength=len(self._names))
-        if (mine > limit * total).any():
+        members = np.flatnonzero(inside[self.find(np.arange(self._size, dtype=np.int64))])
+        if too_many(members):
             return False
-        self._shared[np.flatnonzero(members)] = True
+        self._shared[members] = True
         self.any_shared = True
         return True
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from tensor_parallel.planner import runtime
@@ -51,19 +52,17 @@ def _rows(e: Engine, call: Call, table: Value, place: Sharded, ids: Any) -> Valu
     owner = place.owners[0]
     if any(len(o) != len(owner) for o in place.owners):
         raise Unproven("rows of a table of free size")
-    runs = PerRank(tuple(_runs(positions(owner, rank).tolist()) for rank in range(e.ranks)))
+    runs = PerRank(tuple(_runs(positions(owner, rank)) for rank in range(e.ranks)))
     return e.result(call, e.emit(runtime.lookup_rows, table, ids, runs, len(owner)), PARTIAL)
 
 
-def _runs(index: list[int]) -> tuple[tuple[int, int, int], ...]:
+def _runs(index: NDArray[np.int64]) -> tuple[tuple[int, int, int], ...]:
     """Runs of consecutive ids as (start, stop, offset in the local table)."""
-    runs: list[tuple[int, int, int]] = []
-    for offset, at in enumerate(index):
-        if runs and runs[-1][1] == at:
-            runs[-1] = (runs[-1][0], at + 1, runs[-1][2])
-        else:
-            runs.append((at, at + 1, offset))
-    return tuple(runs) or ((0, 0, 0),)
+    if not len(index):
+        return ((0, 0, 0),)
+    offsets = np.flatnonzero(np.diff(index, prepend=-2) != 1)
+    stops = index[np.append(offsets[1:], len(index)) - 1] + 1
+    return tuple(zip(index[offsets].tolist(), stops.tolist(), offsets.tolist(), strict=True))
 
 
 @rule("index")
