@@ -14,8 +14,9 @@ import itertools
 import logging
 import re
 import threading
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import branches, hits
 from tensor_parallel.planner.functional import functionalise
-from tensor_parallel.planner.reserve import tracing_settings
+from tensor_parallel.planner.reserve import replaced_forward, tracing_settings
 from tensor_parallel.planner.stopping import pause, pausing
 from tensor_parallel.planner.traced import Traced, collect
 
@@ -47,7 +48,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, f
             exported = _export(model, example_args, example_kwargs, free)
         except Exception as error:
             pause()
-            failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+            failures.append(_named(error))
             log.debug("tracing failed (free dims: %s): %s", free, failures[-1])
             if _hopeless(error):
                 resolved = _with_branches(model, example_args, example_kwargs, free, flipped)
@@ -91,7 +92,7 @@ def _with_branches(
             return taken
         except Exception as error:
             pause()
-            log.debug("tracing with control flow resolved failed: %s: %s", type(error).__name__, error)
+            log.debug("tracing with control flow resolved failed: %s", _named(error))
             loops = loops.without(error)
     return None
 
@@ -155,9 +156,43 @@ def _cuts_windows(exported: torch.export.ExportedProgram) -> bool:
     return any(ndim(node) > 4 or (ndim(node) == 4 and ndim(node.args[0]) >= 4) for node in reshapes)
 
 
+class _DependsOnValues(Exception):
+    """The model's code depends on values: in place of the error by which torch says so, its cause."""
+
+
+@contextmanager
+def _without_a_dump(model: nn.Module) -> Iterator[None]:
+    """Errors about values leave ``model`` under another name: by theirs, ``torch.export`` writes the source code of all
+    that was traced so far to stderr."""
+    forward = model.forward
+
+    @wraps(forward)
+    def renaming(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except RuntimeError as error:
+            if "data-dependent" in str(error):
+                raise _DependsOnValues from error
+            raise
+
+    with replaced_forward(model, renaming):
+        yield
+
+
+def _original(error: BaseException) -> BaseException:
+    """The error itself, by whatever name it left the model."""
+    return error.__cause__ if isinstance(error, _DependsOnValues) and error.__cause__ is not None else error
+
+
+def _named(error: Exception) -> str:
+    """An error's type and first line."""
+    known = _original(error)
+    return f"{type(known).__name__}: {str(known).strip().splitlines()[0] if str(known) else ''}"
+
+
 def _hopeless(error: Exception) -> bool:
     """Failures that fixing sizes cannot cure: control flow that depends on values."""
-    return type(error).__name__ in ("GuardOnDataDependentSymNode", "DynamicOutputShapeException")
+    return type(_original(error)).__name__ in ("GuardOnDataDependentSymNode", "DynamicOutputShapeException")
 
 
 def _export(
@@ -184,7 +219,7 @@ def _export(
         logger.setLevel(logging.CRITICAL)  # a failed attempt is an answer here, not an error to print
     try:
         # Under no_grad the trace has no nested regions for no_grad blocks; gradients never depend on it.
-        with torch.no_grad(), tracing_settings(), pausing(model):
+        with torch.no_grad(), tracing_settings(), pausing(model), _without_a_dump(model):
             with unrolled.around(model) if unrolled is not None else nullcontext():
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             if unrolled is not None:

@@ -285,3 +285,9 @@ def test_an_index_that_cannot_be_is_an_index_error_as_unsharded() -> None:
 def test_loops_of_too_many_indices_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hits, "MOST", EXPERTS - 1)
     assert make_plan(Mixture(), {"x": inputs()[0]}, 2).mode == "modules"
+
+
+def test_what_cannot_be_traced_as_it_is_written_is_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(Mixture(), {"x": inputs()[0]}, 2, verify=False)
+    assert plan.mode == "graph"  # after an attempt that torch gives up
+    assert capfd.readouterr() == ("", "")
