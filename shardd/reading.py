@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import threading
 from collections.abc import Callable
@@ -104,8 +105,9 @@ class Reader:
         return plan_report(plan, request.path, request.device_memory or self._device_memory)
 
     def warm(self) -> None:
-        """What :func:`warm_up` does."""
+        """What :func:`warm_up` does; what it leaves is kept out of later garbage collections."""
         warm_up()
+        gc.freeze()
 
     def _open(self, path: str, options: coordinator_pb2.LoadOptions) -> Source:
         from tensor_parallel.checkpoint import open_source
