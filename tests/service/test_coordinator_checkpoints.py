@@ -89,3 +89,18 @@ def test_a_change_while_everything_was_down_is_served_and_told(cluster):
     listed = {m.name: m for m in cluster.stub.ListModels(pb.ListModelsRequest(), timeout=5).models}
     assert any("changed on disk" in warning for warning in listed["bert"].warnings)
     assert not any("changed on disk" in warning for warning in listed["steady"].warnings)
+
+
+@pytest.mark.timeout(120)
+def test_a_new_version_with_other_weights_goes_by_the_plan_of_the_one_before(cluster):
+    first = scores(cluster.root / "bert")
+    rewrite(cluster.root / "bert")
+    assert cluster.load("bert", "bert")[-1].version == "2"
+    np.testing.assert_allclose(ask(cluster, "bert"), scores(cluster.root / "bert"), rtol=1e-4, atol=1e-5)
+    assert np.abs(ask(cluster, "bert") - first).max() > 0.1
+    for daemon in cluster.daemons:
+        lines = [line for line in daemon.events("load_finished") if line["model"] == "bert"]
+        assert [(line["version"], line["planned_by"]) for line in lines] == [
+            ("1", "this rank"),
+            ("2", "an earlier load"),
+        ]
