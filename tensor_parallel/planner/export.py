@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -28,6 +28,7 @@ from tensor_parallel.planner import branches, hits
 from tensor_parallel.planner.functional import functionalise
 from tensor_parallel.planner.reserve import replaced_forward, tracing_settings
 from tensor_parallel.planner.stopping import pause, pausing
+from tensor_parallel.planner.tensors import role
 from tensor_parallel.planner.traced import Traced, collect
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,21 @@ def _hopeless(error: Exception) -> bool:
     return type(_original(error)).__name__ in ("GuardOnDataDependentSymNode", "DynamicOutputShapeException")
 
 
+_ALIKE = 5  # layers of a kind from which on remembering pays; for three it takes a sixth of the time of a trace
+
+
+def _memory(model: nn.Module) -> AbstractContextManager[Any]:
+    """Whether torch remembers what operations made of operands of the same kind: not where few layers are alike, since
+    to write that down, and to check it, takes longer than to work it out again. There is no public way to say so."""
+    from torch._dynamo import config  # which tracing imports; before that, it would only cost time
+
+    names = [name for name, _ in model.named_parameters()]
+    if len(names) >= _ALIKE * len({role(name) for name in names}) or not hasattr(config, "fake_tensor_cache_enabled"):
+        return nullcontext()
+    forgetting: AbstractContextManager[Any] = config.patch(fake_tensor_cache_enabled=False)
+    return forgetting
+
+
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: str, unrolled: hits.Unrolled | None = None
 ) -> torch.export.ExportedProgram:
@@ -219,7 +235,7 @@ def _export(
         logger.setLevel(logging.CRITICAL)  # a failed attempt is an answer here, not an error to print
     try:
         # Under no_grad the trace has no nested regions for no_grad blocks; gradients never depend on it.
-        with torch.no_grad(), tracing_settings(), pausing(model), _without_a_dump(model):
+        with torch.no_grad(), tracing_settings(), pausing(model), _without_a_dump(model), _memory(model):
             with unrolled.around(model) if unrolled is not None else nullcontext():
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             if unrolled is not None:
