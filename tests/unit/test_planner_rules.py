@@ -197,6 +197,8 @@ STAYS: dict[str, tuple[Callable[..., Any], list[Any], dict[int, int]]] = {
     "index written into whole": (lambda a, b: torch.select_scatter(a, b, 1, 2), [X, Y[:, 0]], {1: 2}),
     "reshape as": (lambda a, b: a.transpose(1, 2).contiguous().reshape_as(b), [X, torch.randn(3, 4, 2, 5, 12)], {0: 3}),
     "view as": (lambda a, b: a.view_as(b), [X, torch.randn(3, 40, 12)], {0: 3}),
+    "whole, as a divided one": (lambda a, b: a.flatten(2).reshape_as(b) + b, [X, Y], {1: 3}),
+    "whole, viewed as a divided one": (lambda a, b: a.flatten(2).view_as(b), [X, Y], {1: 2}),
     "flip elsewhere": (lambda a: a.flip(3), [X], {0: 2}),
     "roll elsewhere": (lambda a: a.roll(2, 3), [X], {0: 2}),
     "pad elsewhere": (lambda a: functional.pad(a, (1, 2)), [X], {0: 2}),

@@ -11,7 +11,17 @@ import torch
 
 from tensor_parallel.planner import runtime
 from tensor_parallel.planner.engine import Engine
-from tensor_parallel.planner.placement import Owners, Sharded, Undecided, Unproven, counts, pattern, positions
+from tensor_parallel.planner.placement import (
+    REPLICATED,
+    Owners,
+    Replicated,
+    Sharded,
+    Undecided,
+    Unproven,
+    counts,
+    pattern,
+    positions,
+)
 from tensor_parallel.planner.program import PerRank
 from tensor_parallel.planner.rules.registry import rule
 from tensor_parallel.planner.traced import Shapes
@@ -104,6 +114,8 @@ def reshape(e: Engine, call: Call) -> Any:
     if isinstance(place, Undecided):
         e.settle_for_reshape(value)
         return e.visit_again(call)
+    if isinstance(place, Replicated):  # as divided as another, of which only the whole sizes matter
+        return e.result(call, e.emit(aten.reshape.default, value, sizes_of(e, call)), REPLICATED)
     assert isinstance(place, Sharded)
     dim, owners = reshape_owners(e, place, value.shapes, call.shapes)
     if e.solving:
