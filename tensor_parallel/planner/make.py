@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tensor_parallel.checkpoint.digest import content_digest
 from tensor_parallel.errors import LoadCancelled, PlanError
 from tensor_parallel.group import Group
+from tensor_parallel.planner import runtime, specs, verify
 from tensor_parallel.planner import search as searching
-from tensor_parallel.planner import specs, verify
 from tensor_parallel.planner.cost import Network
 from tensor_parallel.planner.export import TRACING, trace
 from tensor_parallel.planner.module import Compiled, ShardedModule
@@ -188,7 +189,7 @@ def plan_traced(
         reasons=tuple(Reason(g.where, g.op, g.why, tuple(sorted(g.origin))) for g in prover.reasons),
         bytes_per_rank=best.held,
         total_bytes=tensors.total_bytes,
-        program=program_digest(prover.program),
+        program=program_digest(prover.program, {name: tensor for name, (_, tensor) in traced.constants.items()}),
         decisions={**best.modes, **best.forced},
         training=twin.training,
         artifact=Compiled(traced.signature(), prover.program, names),
@@ -233,14 +234,30 @@ def _divisions(shards: Mapping[str, Shard], tensors: Tensors) -> dict[str, Divis
     return result
 
 
-def program_digest(program: Program) -> str:
-    """Hash of what is executed: operations, arguments and per-rank constants, in order."""
-    text = []
+def program_digest(program: Program, constants: Mapping[str, Tensor]) -> str:
+    """Hash of what is executed: operations, arguments, per-rank constants and ``constants``; and of the order of what
+    ranks do together or draw. The order of all else is none of its business: a model's code may go through a set, whose
+    order differs from process to process.
+    """
+    known = {number: f"input {position}" for position, number in enumerate(program.inputs)}
+    known |= {number: f"state {name}" for name, number in program.states.items()}
+    for name, number in program.constants.items():
+        tensor = constants[name]
+        known[number] = f"constant {tensor.dtype} {tuple(tensor.shape)} {content_digest(tensor)}"
+
+    def text(value: Any) -> str:
+        return str(map_refs(value, lambda ref: known[ref.id], _constant_text))
+
+    ordered = []
     for step in program.steps:
         name = getattr(step.fn, "__qualname__", None) or str(step.fn)
-        args, kwargs = map_refs((step.args, step.kwargs), lambda ref: f"v{ref.id}", _constant_text)
-        text.append(f"v{step.out}={name}{args}{kwargs}")
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+        hashed = hashlib.sha256(f"{name}{text((step.args, step.kwargs))}".encode()).hexdigest()
+        known[step.out] = hashed
+        if isinstance(step.fn, runtime.Collective) or runtime.is_random(step):
+            ordered.append(hashed)
+    every = sorted(known[step.out] for step in program.steps)
+    results = text((program.outputs, sorted(program.updates.items())))
+    return hashlib.sha256("\n".join([*every, "in order", *ordered, results]).encode()).hexdigest()
 
 
 def _constant_text(constant: PerRank) -> str:

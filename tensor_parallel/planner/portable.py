@@ -62,7 +62,8 @@ def unpack(data: bytes) -> list[Plan]:
             raise NotPortable(f"the plan was made by {document['made_by']}, this is {_made_by()}")
         plans = [_Reader(tensors).plan(item) for item in document["plans"]]
         for plan in plans:
-            if plan.artifact is not None and program_digest(plan.artifact.program) != plan.program:
+            made: Compiled | None = plan.artifact
+            if made is not None and program_digest(made.program, made.signature.constants) != plan.program:
                 raise NotPortable("a program is not the one that its plan names")
     return plans
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,8 +16,10 @@ from torch import Tensor, nn
 
 from tensor_parallel import Group
 from tensor_parallel.errors import PlanError
-from tensor_parallel.planner import Network, describe, instantiate, make_plan, search
+from tensor_parallel.planner import Network, describe, instantiate, make_plan, runtime, search
+from tensor_parallel.planner.make import program_digest
 from tensor_parallel.planner.plan import Plan
+from tensor_parallel.planner.program import Ref, Step
 from tensor_parallel.planner.shard import Shard
 
 
@@ -121,3 +126,59 @@ def test_a_plan_that_is_gone_leaves_little_behind() -> None:
         gc.collect()
         counts.append(len(gc.get_objects()))
     assert counts[-1] - counts[-2] < 1500  # 7,000 with torch's cache of one trace
+
+
+class Unordered(nn.Module):
+    """Goes through a set, as some models do: in another order in every process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = {
+            kind: x.mean(-1, keepdim=True) * torch.tensor(float(len(kind))) for kind in {"full", "sliding", "none"}
+        }
+        return self.down(torch.relu(self.up(x * scales["full"])) * scales["sliding"]) + scales["none"]
+
+
+def test_ranks_agree_on_a_plan_whatever_the_order_of_a_set() -> None:
+    """They are processes, each with its own seed for hashes."""
+    code = (
+        "import torch\n"
+        "from tensor_parallel.planner import make_plan\n"
+        "from tests.unit.test_planner_plan import Unordered\n"
+        "plan = make_plan(Unordered(), (torch.ones(2, 5, 16),), 2, verify=False)\n"
+        "print(plan.digest(), [str(step.args) for step in plan.artifact.program.steps], sep=';')"
+    )
+    found = []
+    for seed in ("1", "2", "3", "4"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        found.append(ran.stdout.strip().split(";"))
+    assert len({steps for _, steps in found}) > 1
+    assert len({digest for digest, _ in found}) == 1
+
+
+def test_the_digest_tells_programs_apart_by_all_that_matters() -> None:
+    plan = make_plan(Unordered(), (torch.ones(2, 5, 16),), 2)
+    program, constants = plan.artifact.program, plan.artifact.signature.constants
+
+    def digest(steps: list[Step] = program.steps, constants: dict[str, Tensor] = constants) -> str:
+        return program_digest(replace(program, steps=steps), constants)
+
+    assert digest() == plan.program
+    sums = [at for at, step in enumerate(program.steps) if isinstance(step.fn, runtime.AllReduce)]
+    assert sums
+    first = program.steps[sums[0]]
+    other = replace(first, fn=runtime.AllReduce(), out=program.size, args=(Ref(program.inputs[0]),))
+    assert digest([*program.steps, other]) != plan.program
+    assert digest([*program.steps, other, replace(first, out=program.size + 1)]) != digest(
+        [*program.steps, replace(first, out=program.size + 1), other]
+    )
+    assert digest([*program.steps[:-1], replace(program.steps[-1], fn=torch.ops.aten.sub.Tensor)]) != plan.program
+    assert digest(constants={name: value + 1 for name, value in constants.items()}) != plan.program
+    scaled = [at for at, step in enumerate(program.steps) if torch.ops.aten.mean.dim is step.fn]
+    moved = [step for at, step in enumerate(program.steps) if at != scaled[0]]
+    assert digest([program.steps[scaled[0]], *moved]) == plan.program
