@@ -16,6 +16,7 @@ from protos.tensor_parallel.v1 import shard_pb2
 
 PATIENCE = 5.0  # seconds for all survivors together
 PART_BYTES = 64 << 10
+MOST_BYTES = 64 << 20  # a rank takes no more
 
 
 async def exported_plan(survivors: Iterable[Rank], entry: ModelVersion) -> bytes:
@@ -43,6 +44,9 @@ async def _ask(rank: Rank, entry: ModelVersion, seconds: float) -> bytes:
     plan = bytearray()
     async for part in call:
         plan += part.data
+        if len(plan) > MOST_BYTES:
+            call.cancel()
+            return b""
     return bytes(plan)
 
 

@@ -29,6 +29,8 @@ def joined(requests: Iterator[shard_pb2.ShardLoadRequest]) -> shard_pb2.ShardLoa
     first: shard_pb2.ShardLoadRequest | None = None
     try:
         for request in requests:
+            if first is not None and not request.plan:
+                raise InvalidRequest("what follows the first request of a load are parts of a plan")
             first = request if first is None else first
             plan.append(request.plan)
             size += len(request.plan)

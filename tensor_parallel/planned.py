@@ -41,6 +41,7 @@ class Keeper(Protocol):
 
     @property
     def architecture(self) -> str: ...
+    @property
     def plans(self) -> Sequence[Plan]: ...
 
 
@@ -74,14 +75,16 @@ def _of_a_peer(model: nn.Module, world_size: int, options: ServingOptions) -> Se
         return unpack_for(options.plan, model, world_size, options.known_plan)
     except NotPortable as error:
         log.warning("the plan of a peer cannot be used: %s", error)
-        return ()
+    except Exception:  # it only saves time: whatever is wrong with it must not keep the rank from its place
+        log.exception("the plan of a peer cannot be used")
+    return ()
 
 
 def _of_a_loaded_model(architecture: str, options: ServingOptions) -> Sequence[Plan]:
     for keeper in list(_keepers):
         if not architecture or keeper.architecture != architecture:
             continue
-        plans = keeper.plans()
+        plans = keeper.plans
         verified = plans[0].verified != "no" or not options.verify
         if options.known_plan in ("", plans[0].digest()) and verified:
             return plans
@@ -89,15 +92,21 @@ def _of_a_loaded_model(architecture: str, options: ServingOptions) -> Sequence[P
 
 
 def _architecture(source: Source, model: nn.Module, world_size: int) -> str:
-    """Digest of what the source says of the model, of its tensors' names and types, of what is there of their values,
-    and of the inputs that it is traced with; empty where the source cannot say."""
+    """Digest of what the source says of the model, of its tensors' names and types, of all values but the parameters',
+    some of which a plan is made of, and of the inputs that it is traced with; empty where the source cannot say."""
     described = source.architecture()
     if described is None:
         return ""
     tensors = Tensors(model)
     buffers = {name: _content(value) for name, value in model.named_buffers()}
+    constants = {
+        f"{prefix}.{name}": _content(value)
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
     inputs = {name: _content(value) for name, value in source.example_inputs().items()}
-    document = [world_size, described, repr(tensors.stored), tensors.tied, buffers, inputs]
+    document = [world_size, described, repr(tensors.stored), tensors.tied, buffers, constants, inputs]
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
 
 

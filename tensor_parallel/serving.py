@@ -73,6 +73,8 @@ class ServedModel:
     """Or ``a peer``, whose plan was given to :func:`load_model`, or ``an earlier load``, of a model still loaded."""
     architecture: str = field(default="", repr=False)
     """Equal to that of another model if what was planned for one serves the other; empty if that is not known."""
+    plans: Sequence[Plan] = field(default=(), repr=False)
+    """What was planned when the model was loaded, alike on all ranks; ``plan`` comes first."""
     _names: dict[pytree.TreeSpec, list[str]] = field(default_factory=dict, repr=False)
     _known: dict[Form, _Known] = field(default_factory=dict, repr=False)
     """By the inputs' names, types and sizes, where nothing else decides what is to be done."""
@@ -123,11 +125,7 @@ class ServedModel:
         """
         from tensor_parallel.planner.portable import pack
 
-        return pack(self.plans())
-
-    def plans(self) -> Sequence[Plan]:
-        """All that was planned for this model so far; what it was loaded by comes first."""
-        return self._module.plans() if isinstance(self._module, ShardedModule) else [self.plan]
+        return pack(self._module.plans() if isinstance(self._module, ShardedModule) else self.plans)
 
     def validate(self, inputs: Mapping[str, Tensor]) -> Form:
         """The request's form, for ``run``. Raises :class:`InvalidInput` naming the field; see
@@ -272,6 +270,7 @@ def _load(
         functions,
         known.planned_by,
         known.architecture,
+        module.plans() if isinstance(module, ShardedModule) else [plan],
     )
     keep(served)
     return served

@@ -54,6 +54,9 @@ class ArchiveSource(Source):
         model = rebuilt.module(check_guards=False)
         for switch in ("train", "eval"):  # torch blocks them here; the mode is in the graph and changes nothing
             model.__dict__.pop(switch, None)
+        for name in constants:  # a copy of the module would make buffers of them, which nobody knows
+            if isinstance(vars(model).get(name), Tensor):
+                model.register_buffer(name, vars(model).pop(name), persistent=False)
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         return model, {name: held[name] if name in held else value.detach() for name, value in named}
 

@@ -37,14 +37,15 @@ _LIBRARY: dict[str, tuple[Any, tuple[str, ...]]] = {
     "torch": (torch, _TORCH + _SIZES),
 }
 """Modules by name, and what of them may be called."""
-_REFUSED = ("aten.from_file.default", "aten.from_file.out")
+_NAMESPACES = ("aten", "prims", "transformers", "torchvision")
+_REFUSED = ("aten.from_file",)
 """Operators that reach beyond their arguments."""
 
 
 def dump(fn: Any, value: Callable[[Any], Any]) -> list[Any]:
     """Kind and name; ``value`` writes the fields of a collective. Raises :class:`NotPortable`."""
     if isinstance(fn, torch._ops.OpOverload):
-        if str(fn) in _REFUSED:
+        if not _is_harmless(fn):
             raise NotPortable(f"{fn} is not handed on")
         return ["operator", str(fn)]
     if type(fn) in _COLLECTIVES.values():
@@ -80,6 +81,8 @@ def load(data: list[Any], value: Callable[[Any], Any]) -> Any:
 def _operator(text: str) -> torch._ops.OpOverload:
     """Registered with torch, here as there."""
     namespace, name, overload = text.split(".")
+    if namespace not in _NAMESPACES:
+        raise ValueError(f"{text} is not handed on")
     found: Any = torch.ops
     for part, expected in (
         (namespace, torch._ops._OpNamespace),
@@ -89,7 +92,13 @@ def _operator(text: str) -> torch._ops.OpOverload:
         found = getattr(found, part)
         if not isinstance(found, expected):
             raise ValueError(f"{text} is no operator")
-    if text in _REFUSED:
-        raise ValueError(f"{text} is not handed on")
     result: torch._ops.OpOverload = found
+    if not _is_harmless(result):
+        raise ValueError(f"{text} is not handed on")
     return result
+
+
+def _is_harmless(op: torch._ops.OpOverload) -> bool:
+    """Whether it is one of those that make values of values."""
+    writes = op._schema.is_mutable and op is not torch.ops.aten.copy_.default
+    return op.namespace in _NAMESPACES and not writes and not str(op).startswith(_REFUSED)

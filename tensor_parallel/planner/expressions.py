@@ -26,6 +26,9 @@ _HEADS = (
 )
 
 
+_MOST, _MOST_POWER = 2**64, 16
+
+
 @cache
 def _heads() -> dict[str, type[sympy.Basic]]:
     """By name; torch's ``Mod``, ``Max`` and ``Min`` are not sympy's."""
@@ -62,12 +65,22 @@ def _load(data: Any) -> Any:
     if isinstance(data, bool):
         return sympy.true if data else sympy.false
     if isinstance(data, int):
-        return sympy.Integer(data)
+        return _bounded(sympy.Integer(data))
     if isinstance(data, dict):
         [(kind, content)] = data.items()
         return _symbol(*content) if kind == "symbol" else sympy.Rational(*map(int, content))
     head, *arguments = data
-    return _heads()[head](*map(_load, arguments))
+    loaded = [_load(argument) for argument in arguments]
+    if head == "Pow" and not (loaded[1].is_Rational and abs(loaded[1]) <= _MOST_POWER):
+        raise ValueError("no size has such a power")
+    return _bounded(_heads()[head](*loaded))
+
+
+def _bounded(value: Any) -> Any:
+    """``value``, unless it is a number that sizes never have: to compute with those may take for ever."""
+    if isinstance(value, sympy.Number) and not abs(value) < _MOST:
+        raise ValueError("no size is as large as that")
+    return value
 
 
 def _symbol(name: str, integer: bool | None, positive: bool | None, nonnegative: bool | None) -> sympy.Symbol:

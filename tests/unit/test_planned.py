@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
 from torch.testing import assert_close
 
+from tensor_parallel import planned
 from tensor_parallel.checkpoint import Source, open_source
 from tensor_parallel.group import Group
 from tensor_parallel.serving import ServedModel, load_model
@@ -104,3 +108,56 @@ def test_a_replacement_goes_by_the_plan_of_its_peers_only(versions: tuple[Path, 
     first = load(open_source(versions[0]))
     assert load(open_source(versions[1]), known_plan="another").planned_by == "this rank"
     assert load(open_source(versions[1]), known_plan=first.plan_digest).planned_by == "an earlier load"
+
+
+class Scaled(nn.Module):
+    """Constants of its own, of a part, and made when it runs."""
+
+    def __init__(self, scale: float, part: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.scale, self.part = nn.Linear(6, 6), torch.full((6,), scale), part
+        self.number = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x) * self.scale * torch.tensor([self.number, 1, 1, 1, 1, 1])
+        return y if self.part is None else self.part(y)
+
+
+def test_constants_of_a_program_are_those_of_its_own_archive(tmp_path: Path) -> None:
+    """Some are part of its plan."""
+    x, served = torch.randn(4, 6), []
+    for scale in (2.0, 3.0, 3.0):
+        model = Scaled(2.0, Scaled(scale)).eval()
+        path = tmp_path / f"{len(served)}.pt2"
+        torch.export.save(torch.export.export(model, (x,)), path)
+        served.append(load(open_source(path)))
+        with torch.no_grad():
+            [got] = served[-1].run({"x": x}).values()
+            assert_close(got, model(x))
+    assert [model.planned_by for model in served] == ["this rank", "this rank", "an earlier load"]
+
+
+def test_what_decides_a_plan_tells_architectures_apart(versions: tuple[Path, Path]) -> None:
+    source = open_source(versions[0])
+    model = source.build_meta()
+    known = planned._architecture(source, model, 2)
+    assert known == planned._architecture(open_source(versions[1]), open_source(versions[1]).build_meta(), 2)
+
+    def changed(change: Callable[[nn.Module], object]) -> str:
+        other = source.build_meta()
+        change(other)
+        return planned._architecture(source, other, 2)
+
+    def narrow(other: Any) -> None:
+        other.model.norm.weight = nn.Parameter(torch.empty(7, device="meta"))
+
+    def tie(other: Any) -> None:
+        other.model.layers[0].self_attn.k_proj = other.model.layers[0].self_attn.v_proj
+
+    def stray(other: Any) -> None:
+        other.model.scale = torch.ones(3)
+
+    found = {known, changed(narrow), changed(tie), changed(stray)}
+    found.add(changed(lambda other: next(other.buffers()).add_(1)))
+    assert len(found) == 5

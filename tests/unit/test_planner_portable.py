@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tensor_parallel import Group
+from tensor_parallel import Group, planned
 from tensor_parallel.checkpoint import Source, open_source
 from tensor_parallel.errors import NotPortable
 from tensor_parallel.planner import instantiate, make_plan, portable
@@ -219,6 +220,11 @@ def edited(data: bytes, edit: Callable[[dict[str, Any]], None]) -> bytes:
     "function",
     [
         ["operator", "aten.from_file.default"],
+        ["operator", "aten.from_file.out"],
+        ["operator", "aten.add_.Tensor"],
+        ["operator", "aten.set_.source_Tensor"],
+        ["operator", "c10d.barrier.default"],
+        ["operator", "debugprims.load_tensor.default"],
         ["operator", "load_library.default.x"],
         ["operator", "aten.no_such_operator.default"],
         ["operator", "aten.add"],
@@ -244,6 +250,72 @@ def test_a_program_calls_what_programs_may_call(function: Any) -> None:
 
     with pytest.raises(NotPortable):
         unpack(edited(pack([plan]), edit))
+
+
+INJECTED = "0\n    import os; os.environ['INJECTED'] = 'yes'"
+
+
+def give_an_input_another_name(program: dict[str, Any], _: dict[str, Any]) -> None:
+    program["inputs"][0] = INJECTED
+
+
+def give_a_state_another_name(program: dict[str, Any], _: dict[str, Any]) -> None:
+    program["states"] = dict.fromkeys(program["states"], INJECTED)
+
+
+def name_an_argument(program: dict[str, Any], _: dict[str, Any]) -> None:
+    program["steps"][0][2] = {INJECTED: 1}
+
+
+def name_a_step(program: dict[str, Any], _: dict[str, Any]) -> None:
+    program["steps"][0][3] = INJECTED
+
+
+def import_a_module(_: dict[str, Any], signature: dict[str, Any]) -> None:
+    enumeration = {"__enum__": True, "fqn": "antigravity:Any", "name": "x"}
+    spec = {"type": "builtins.dict", "context": json.dumps([enumeration]), "children_spec": []}
+    signature["in_spec"] = json.dumps([1, spec])
+
+
+def wire_other_weights(program: dict[str, Any], _: dict[str, Any]) -> None:
+    names = list(program["states"])
+    program["states"] = dict(zip(names, reversed(list(program["states"].values())), strict=True))
+
+
+def compute_for_ever(_: dict[str, Any], signature: dict[str, Any]) -> None:
+    signature["guards"] = [["Eq", ["Pow", 10, ["Pow", 10, 9]], 1]]
+
+
+def compute_large_numbers(_: dict[str, Any], signature: dict[str, Any]) -> None:
+    power: Any = 9
+    for _ in range(40):
+        power = ["Pow", power, 16]
+    signature["guards"] = [["Eq", power, 1]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        give_an_input_another_name,
+        give_a_state_another_name,
+        name_an_argument,
+        name_a_step,
+        import_a_module,
+        wire_other_weights,
+        compute_for_ever,
+        compute_large_numbers,
+    ],
+)
+def test_a_plan_is_no_code(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    model, example, _ = mlp()
+    plan = make_plan(model, example, 2)
+
+    def edit(document: dict[str, Any]) -> None:
+        change(document["plans"][0]["program"], document["plans"][0]["signature"])
+
+    with pytest.raises(NotPortable):
+        unpack_for(edited(pack([plan]), edit), model, 2, plan.digest())
+    assert "antigravity" not in sys.modules
 
 
 def test_malformed_documents_are_refused() -> None:
@@ -306,6 +378,30 @@ def test_what_has_no_name_is_not_handed_on() -> None:
         pack([Plan.from_json(plan.to_json())])
 
 
+class Strided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(WIDTH, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x) * torch.arange(96.0).reshape(2, 48).t()[:, 1]
+
+
+def test_the_layout_of_a_constant_is_not_lost() -> None:
+    plan = make_plan(Strided(), {"x": torch.randn(2, 6, WIDTH)}, 2)
+    constants = plan.artifact.signature.constants
+    constants["k"] = torch.arange(6.0).reshape(2, 3).t()
+    with pytest.raises(NotPortable, match="not contiguous"):
+        pack([plan])
+
+
+def test_what_nobody_verified_stays_so() -> None:
+    model, example, _ = mlp()
+    plan = make_plan(model, example, 2, verify=False)
+    assert [again.verified for again in unpack_for(pack([plan]), model, 2, plan.digest())] == ["no"]
+
+
 # ------------------------------------------------------------------ served models
 
 
@@ -355,3 +451,37 @@ def test_what_is_no_plan_costs_time_only(archive: Path, caplog: pytest.LogCaptur
     assert other.planned_by == "this rank"
     assert other.plan_digest == digest
     assert "the plan of a peer cannot be used: this is no plan" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("bad device"), NotImplementedError("not registered"), NotPortable("no")]
+)
+def test_whatever_is_wrong_with_a_plan_a_rank_plans_itself(
+    error: Exception, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    digest = load(open_source(archive), 0).plan_digest
+    planned._keepers.clear()
+    monkeypatch.setattr("tensor_parallel.planner.portable.unpack_for", fail)
+    assert load(open_source(archive), 0, plan=b"junk", known_plan=digest).planned_by == "this rank"
+
+
+def looking() -> tuple[nn.Module, Inputs]:
+    """A factory of a model with a branch."""
+    model, example, _ = mlp()
+    return model, example
+
+
+def test_programs_for_other_ways_are_there_after_a_load() -> None:
+    name = f"{__name__}:looking"
+    first = load(open_source(name, factories=[name]), 0)
+    again = load(open_source(name, factories=[name]), 0, plan=first.export_plan(), known_plan=first.plan_digest)
+    assert again.planned_by == "a peer"
+    assert len(first.plans) == 2
+    module: Any = again._module
+    module._planner = None  # nothing is planned later
+    x = mlp()[1]["x"]
+    for values, plan in zip((x, x + 200), again.plans, strict=True):
+        assert module.runner_by_name({"x": values})[0].plan.digest() == plan.digest()
