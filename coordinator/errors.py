@@ -109,10 +109,16 @@ def from_rpc(error: grpc.RpcError, prefix: str = "") -> ServiceError:
     return from_code(code, prefix + (error.details() or error.code().name))
 
 
+NO_MEMORY = "the coordinator has no memory for this request"
+
+
 def describe(error: BaseException, request_id: str) -> ServiceError:
     """``error`` as it may be shown to a client; a bug is logged here, with its traceback, and nowhere else."""
     if isinstance(error, ServiceError):
         return error
+    if isinstance(error, MemoryError):
+        get_logger().warning("no_memory", request_id=request_id, error=str(error))
+        return ResourceExhausted(NO_MEMORY)
     get_logger().error("internal_error", request_id=request_id, exc_info=error)
     return Internal(f"internal error; the coordinator's log has the details of request {request_id}")
 

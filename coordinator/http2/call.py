@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from httpunk import HeaderMap
 
+from coordinator.errors import NO_MEMORY
 from coordinator.http2.context import Aborted, Context, Details
 from coordinator.http2.fields import MalformedField, Metadata, fields_of, message_field
 from coordinator.http2.heads import Heads
@@ -139,6 +140,9 @@ class Call:
             context.status = (error.code, error.message)
         except Gone:
             raise
+        except MemoryError as error:
+            get_logger().warning("no_memory", method=self._stream.head.path, error=str(error))
+            context.status = (grpc.StatusCode.RESOURCE_EXHAUSTED, NO_MEMORY)
         except Exception as error:
             context.status = self._bug(error)
         await self._finish(context.status, context.trailing, last)

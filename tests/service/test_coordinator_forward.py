@@ -1,5 +1,6 @@
 """Forward and ForwardStream through a real coordinator and real daemons: right answers, and clear refusals."""
 
+import resource
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +103,29 @@ def test_an_error_alike_on_all_ranks_costs_nobody_else_anything(cluster, number,
         assert error.code() is Code.RESOURCE_EXHAUSTED
     assert np.isfinite(cluster.forward("moody", mood(0))["output"]).all()
     assert cluster.health().generation == generation
+
+
+@pytest.mark.parametrize("mebibytes", [96, 512])
+def test_a_request_that_memory_does_not_suffice_for_is_refused_as_such(cluster, mebibytes):
+    pid = cluster.coordinator.pid
+    room = 160 << 20  # for the smaller message, and not for it once more in the ranks' memory
+    huge = {"x": np.zeros((mebibytes << 14, 16), np.float32)}
+    generation = cluster.health().generation
+    resource.prlimit(pid, resource.RLIMIT_AS, (address_space(pid) + room, resource.RLIM_INFINITY))
+    try:
+        error = failure(lambda: cluster.forward("moody", huge))
+        assert cluster.forward("mlp", {"x": rows(1)})["output"].shape == (1, 16)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert error.code() is Code.RESOURCE_EXHAUSTED
+    assert "no memory" in error.details()
+    health = cluster.health()
+    assert (health.serving, health.generation) == (True, generation)
+
+
+def address_space(pid):
+    with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
 
 
 def test_concurrent_requests_are_joined_and_each_gets_its_own_rows(cluster):
