@@ -30,6 +30,7 @@ from shardd.models import Models, Served
 from shardd.progress import Progress
 from shardd.reports import PATIENCE, Forwarded, Reports
 from shardd.session import Session
+from shardd.title import name_thread
 from tensor_parallel.errors import PeerLost
 from tensor_parallel.group import Group
 
@@ -83,6 +84,7 @@ class Engine:
         self._inbox.put((session, channel))
 
     def _run(self) -> None:
+        name_thread("executor")
         try:
             if self._cpus:
                 os.sched_setaffinity(0, self._cpus)  # of this thread, and of those that it starts to compute with

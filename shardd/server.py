@@ -14,6 +14,7 @@ from shardd.addresses import Address, BindError, check_free
 from shardd.config import Config
 from shardd.health import Health
 from shardd.malformed import MalformedInterceptor
+from shardd.title import name_thread
 
 THREADS = 64
 """Made as they are needed. Each channel and each load in progress holds one; everything else answers at once."""
@@ -22,7 +23,7 @@ THREADS = 64
 def make_server(config: Config, service: shard_pb2_grpc.ShardServicer, health: Health) -> tuple[grpc.Server, Address]:
     """The daemon's server and the address it is bound to; not started. Raises :class:`BindError`."""
     server = grpc.server(
-        ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
+        _pool(THREADS, "rpc"),
         interceptors=security.interceptors(config),
         options=[
             ("grpc.so_reuseport", 0),
@@ -44,12 +45,16 @@ def make_server(config: Config, service: shard_pb2_grpc.ShardServicer, health: H
 def make_health_server(listen: Address, health: Health) -> tuple[grpc.Server, Address]:
     """A server of nothing but health, in plain text, for probes that cannot do TLS. Raises :class:`BindError`."""
     server = grpc.server(
-        ThreadPoolExecutor(2, thread_name_prefix="probe"),
+        _pool(2, "probe"),
         interceptors=[MalformedInterceptor()],
         options=[("grpc.so_reuseport", 0)],
     )
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     return server, _bind(server, listen, None)
+
+
+def _pool(threads: int, name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=name_thread, initargs=(name,))
 
 
 def _bind(server: grpc.Server, listen: Address, tls: grpc.ServerCredentials | None) -> Address:

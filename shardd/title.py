@@ -1,4 +1,4 @@
-"""What ``ps`` shows of this process: for a process that was not started by its own command line."""
+"""What ``ps`` shows of this process, for one that was not started by its own command line, and of its threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAME_BYTES = 15
 
 def set_title(*words: str) -> None:
     """Write ``words`` over this process's command line, as far as they fit; nothing happens where that cannot be."""
-    ctypes.CDLL(None).prctl(PR_SET_NAME, words[0].encode()[:_NAME_BYTES], 0, 0, 0)
+    name_thread(words[0])
     try:
         # "pid (name) state ...": the 48th and 49th fields are where the arguments begin and end in memory.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -23,3 +23,8 @@ def set_title(*words: str) -> None:
         return
     text = b"\0".join(word.encode(errors="replace") for word in words)[: room - 1]
     ctypes.memmove(start, text.ljust(room, b"\0"), room)
+
+
+def name_thread(name: str) -> None:
+    """Name the calling thread for ``ps -L`` and ``top -H``; Python itself names none before 3.14."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode()[:_NAME_BYTES], 0, 0, 0)
