@@ -1,6 +1,6 @@
 """Ranks that fork from a process which has prepared what they all need: a plan costs seconds, and is the same on each.
 
-def prepare_and_train(place: Place) -> None:     # in a process of its own, single-threaded: ``on_ranks(1, ...)``
+def prepare_and_train(place: Place) -> None:     # in a process of its own, single-threaded: ``Ranks(1).run(...)``
     plans = ...
     run_forked(place, 4, lambda place: train(place, plans), timeout=60)
 """
