@@ -47,12 +47,11 @@ def launched_again_and_again(place: Place, ports: list[int]) -> int:
     return len(os.listdir("/proc/self/fd")) - early
 
 
-def user_made_group(place: Place, port: int) -> None:
+def user_made_group(place: Place) -> None:
     """A group made by hand is found, adopted, and left alone; a later one is found in its turn."""
-    for offset in range(2):
-        dist.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port + offset}", rank=place.rank, world_size=place.world_size
-        )
+    for turn in range(2):
+        store = place.store(f"by-hand-{turn}")
+        dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world_size)
         group = default_group()
         assert (group.rank, group.world_size) == (place.rank, place.world_size)
         assert default_group() is group
@@ -68,8 +67,8 @@ def user_made_group(place: Place, port: int) -> None:
             get_tensor_parallel_config()
 
 
-def user_made_group_of_another_kind(place: Place, port: int) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=place.rank, world_size=2)
+def user_made_group_of_another_kind(place: Place) -> None:
+    dist.init_process_group("gloo", store=place.store("by-hand"), rank=place.rank, world_size=2)
     with pytest.raises(ConfigError, match="uses 'gloo'"):
         init_tensor_parallel("nccl")
     dist.destroy_process_group()
@@ -100,11 +99,11 @@ def test_joining_again_on_other_ports_in_the_same_process_leaks_no_descriptor() 
 
 
 def test_a_group_made_by_hand_is_the_default_group() -> None:
-    on_ranks(2, user_made_group, free_port())
+    on_ranks(2, user_made_group)
 
 
 def test_a_group_made_by_hand_of_another_kind_is_refused() -> None:
-    on_ranks(2, user_made_group_of_another_kind, free_port())
+    on_ranks(2, user_made_group_of_another_kind)
 
 
 def test_forgetting_to_initialise_is_an_error_and_no_silent_world_of_one() -> None:
