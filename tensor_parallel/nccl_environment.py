@@ -12,8 +12,7 @@ NCCL_ENVIRONMENT = {
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
-    # Forming and aborting never block in NCCL; torch polls, for at most this many seconds.
-    "TORCH_NCCL_USE_COMM_NONBLOCKING": "1",
-    "TORCH_NCCL_NONBLOCKING_TIMEOUT": "30",
+    # No recording of the last collectives, which would walk the Python stack at each.
+    "TORCH_FR_BUFFER_SIZE": "0",
 }
 """Values to put into ``os.environ`` (with ``setdefault``, so that an operator can overrule them)."""

@@ -5,6 +5,11 @@ an error but by never returning. So failure is found elsewhere (heartbeats), and
 thread, ends the kernels that hang. What they computed is rubbish: after synchronising with the device, and before using
 a result, call :meth:`NcclBackend.check`.
 
+Communicators are blocking ones. Non-blocking ones promise that forming can be aborted, but torch holds a communicator's
+lock while it waits for one to be ready, so that an abort waits too; NCCL starts a thread for each of their collectives;
+and torch itself has stopped using them where they hung (pytorch/pytorch#153960). Instead forming runs on a thread of
+its own, once all ranks are known to have come, and whoever waits for it stops waiting in time.
+
 Drop CUDA graphs that captured collectives before aborting, and capture them again with the next generation. The process
 must have started with :data:`tensor_parallel.nccl_environment.NCCL_ENVIRONMENT`.
 """
@@ -13,7 +18,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,12 +29,14 @@ from torch._C import _distributed_c10d as c10d
 from torch._C._distributed_c10d import Store
 
 from tensor_parallel.backends.layout import raw_bytes, reducible, row_bytes
-from tensor_parallel.backends.rendezvous import is_timeout
+from tensor_parallel.backends.rendezvous import is_timeout, wait_for_keys
 from tensor_parallel.backends.torch_group import TorchGroupBackend
 from tensor_parallel.errors import AbortStuck, CollectiveTimeout, ConfigError, PeerLost
 from tensor_parallel.nccl_environment import NCCL_ENVIRONMENT
 
 ABORT_SECONDS = 10.0
+QUEUE_SECONDS = 1.0
+"""How long an abort waits for a collective that is being queued; one that takes longer is itself stuck."""
 
 
 class NcclBackend(TorchGroupBackend):
@@ -46,17 +54,32 @@ class NcclBackend(TorchGroupBackend):
             raise ConfigError(f"backend 'nccl' needs a CUDA device and a torch built with NCCL, got {device}")
         _check_environment()
         self.device = device
+        self._queueing = threading.Lock()
         options = make_group.Options()
         options._timeout = timeout
-        options.config.blocking = 0
+        options.config.blocking = 1
+        deadline = time.monotonic() + timeout.total_seconds()
+        store.set(f"arrived/{rank}", "1")
+        # NCCL waits for ever for a rank that does not come; none of its threads should.
+        wait_for_keys(store, [f"arrived/{peer}" for peer in range(world_size)], timeout)
         torch.cuda.set_device(device)
+
+        def form() -> Any:
+            torch.cuda.set_device(device)  # of this thread
+            group = make_group(store, rank, world_size, options)
+            group.eager_connect_single_device(device)
+            return group
+
+        forming = _Aside(form, "form")
+        failed = f"rank {rank} of {world_size} could not form an NCCL group on {device}"
         try:
-            process_group = make_group(store, rank, world_size, options)
-            process_group.eager_connect_single_device(device)
+            process_group = forming.result(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise CollectiveTimeout(f"{failed}: a peer did not answer within {timeout}") from None
         except RuntimeError as error:
             detail = str(error).partition("\n")[0]
             kind = CollectiveTimeout if is_timeout(detail) else PeerLost
-            raise kind(f"rank {rank} of {world_size} could not form an NCCL group on {device}: {detail}") from error
+            raise kind(f"{failed}: {detail}") from error
         super().__init__(process_group, rank, world_size, "nccl")
 
     def reduce_scatter_sum(self, tensor: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
@@ -88,10 +111,21 @@ class NcclBackend(TorchGroupBackend):
         if group is not None and self._aborted is None:
             _within(ABORT_SECONDS, group.shutdown, "shut down")
 
+    def _start(self, operation: str, start: Callable[[Any], Any]) -> Any:
+        with self._queueing:  # NCCL frees what an abort ends, whoever is inside
+            return super()._start(operation, start)
+
     def _cut(self) -> None:
         """Bounded. Raises :class:`AbortStuck` when the device does not let go; only ending the process helps then."""
-        if self._group is not None:
-            _within(ABORT_SECONDS, self._group.abort, "abort")
+        group = self._group
+        if group is None:
+            return
+        alone = self._queueing.acquire(timeout=QUEUE_SECONDS)
+        try:
+            _within(ABORT_SECONDS, group.abort, "abort")
+        finally:
+            if alone:
+                self._queueing.release()
 
 
 def device_usable(device: torch.device) -> bool:
@@ -102,22 +136,40 @@ def device_usable(device: torch.device) -> bool:
         return False
 
 
-def _within(seconds: float, action: Any, what: str) -> None:
-    failure: list[BaseException] = []
+class _Aside:
+    """A call on a thread of its own, which whoever waits for it can leave behind."""
 
-    def run() -> None:
+    def __init__(self, action: Callable[[], Any], what: str) -> None:
+        self._action = action
+        self._done = threading.Event()
+        self._result: Any = None
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._run, name=f"nccl {what}", daemon=True).start()
+
+    def result(self, seconds: float) -> Any:
+        """What it returned, or raises what it raised; TimeoutError if it has done neither after ``seconds``."""
+        if not self._done.wait(seconds):
+            raise TimeoutError
+        if self._failure is not None:
+            raise self._failure
+        return self._result
+
+    def _run(self) -> None:
         try:
-            action()
-        except RuntimeError as error:
-            failure.append(error)
+            self._result = self._action()
+        except BaseException as error:
+            self._failure = error
+        self._action = lambda: None  # it may hold a group
+        self._done.set()
 
-    thread = threading.Thread(target=run, name=f"nccl {what}", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise AbortStuck(f"NCCL did not {what} within {seconds:g} s; end this process")
-    if failure:
-        raise AbortStuck(f"NCCL could not {what}: {failure[0]}; end this process") from failure[0]
+
+def _within(seconds: float, action: Callable[[], Any], what: str) -> None:
+    try:
+        _Aside(action, what).result(seconds)
+    except TimeoutError:
+        raise AbortStuck(f"NCCL did not {what} within {seconds:g} s; end this process") from None
+    except RuntimeError as error:
+        raise AbortStuck(f"NCCL could not {what}: {error}; end this process") from error
 
 
 def _check_environment() -> None:

@@ -112,13 +112,18 @@ class TorchGroupBackend:
         """Make a blocked collective return. A group that somebody else made is somebody else's to tear down."""
 
     def _wait(self, operation: str, start: Callable[[Any], Any]) -> None:
+        try:
+            self._start(operation, start).wait()
+        except CollectiveAborted:
+            raise
+        except RuntimeError as error:
+            self._raise(operation, error)
+
+    def _start(self, operation: str, start: Callable[[Any], Any]) -> Any:
         group = self._group
         if self._aborted is not None or group is None:
             raise CollectiveAborted(self._describe(operation, self._aborted or "the backend is closed"))
-        try:
-            start(group).wait()
-        except RuntimeError as error:
-            self._raise(operation, error)
+        return start(group)
 
     def _raise(self, operation: str, error: RuntimeError) -> NoReturn:
         """Say which of three things happened, and let go of the peers: none may wait for a rank that has given up."""
