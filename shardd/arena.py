@@ -5,6 +5,7 @@ A segment must be sealed against shrinking, or its owner could take pages away u
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -27,11 +28,13 @@ _SEAL_SHRINK, _SEAL_GROW = 2, 4
 
 
 class Arena:
-    """The mapped segments, by number. For one thread, the executor's; ``pinned``: registered with CUDA."""
+    """The mapped segments, by number. For one thread, the executor's; registered with CUDA where they are for a GPU
+    and it lets them."""
 
-    def __init__(self, *, pinned: bool = False) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self._segments: list[mmap.mmap] = []
-        self._pinned = pinned
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._registered: list[mmap.mmap] = []
 
     def add(self, descriptor: int) -> None:
         """Map the memfd ``descriptor``, which is then closed, as the next segment. Raises :class:`InvalidRequest`."""
@@ -41,8 +44,8 @@ class Arena:
             self._segments.append(_map(descriptor))
         finally:
             os.close(descriptor)
-        if self._pinned:
-            _register(self._segments[-1])
+        if self._device is not None and _register(self._segments[-1], self._device):
+            self._registered.append(self._segments[-1])
 
     def input(self, tensor: tensor_pb2.Tensor, ref: shard_pb2.ArenaRef) -> torch.Tensor:
         """A view of the bytes at ``ref``. Raises :class:`InvalidRequest` unless they are as many as ``tensor`` has."""
@@ -69,9 +72,10 @@ class Arena:
 
     def release(self) -> None:
         """Let go of the mappings; each disappears with the last tensor that views it."""
-        if self._pinned:
-            for segment in self._segments:
-                _unregister(segment)
+        if self._device is not None:
+            for segment in self._registered:
+                _unregister(segment, self._device)
+        self._registered.clear()
         self._segments.clear()
 
 
@@ -88,14 +92,15 @@ def layout(values: Mapping[str, torch.Tensor], start: int, segment: int) -> tupl
 
 def copy_into(memory: mmap.mmap, values: Mapping[str, torch.Tensor], refs: list[shard_pb2.ArenaRef]) -> None:
     """Copy each value, from any device and in any layout, to its place in ``memory``."""
-    on_device = False
+    devices = set()
     for value, ref in zip(values.values(), refs, strict=True):
         if ref.byte_size:
             flat = torch.frombuffer(memory, dtype=value.dtype, count=value.numel(), offset=ref.offset)
             flat.view(value.shape).copy_(value, non_blocking=True)
-            on_device = on_device or value.is_cuda
-    if on_device:
-        torch.cuda.current_stream().synchronize()
+            if value.is_cuda:
+                devices.add(value.device)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def new_segment(size: int) -> tuple[int, mmap.mmap]:
@@ -126,10 +131,17 @@ def _address(segment: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(segment))
 
 
-def _register(segment: mmap.mmap) -> None:
-    """Pin the segment, so that copies to and from the device run at full speed and beside other work."""
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(_address(segment), len(segment), 0)))
+def _register(segment: mmap.mmap, device: torch.device) -> bool:
+    """Pin the segment, so that copies to and from the device run at full speed and beside other work. Whether it could
+    be: not under every driver (WSL, virtual GPUs), nor beyond the lockable memory; copies then take longer."""
+    with torch.cuda.device(device):
+        if int(torch.cuda.cudart().cudaHostRegister(_address(segment), len(segment), 0)) == 0:
+            return True
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)  # takes the error, which CUDA would report of the next kernel
+    return False
 
 
-def _unregister(segment: mmap.mmap) -> None:
-    torch.cuda.cudart().cudaHostUnregister(_address(segment))
+def _unregister(segment: mmap.mmap, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(_address(segment))

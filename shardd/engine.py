@@ -88,6 +88,8 @@ class Engine:
         try:
             if self._cpus:
                 os.sched_setaffinity(0, self._cpus)  # of this thread, and of those that it starts to compute with
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a thread begins with the first GPU
             with torch.inference_mode():
                 while (item := self._inbox.get()) is not None:
                     self._serve(*item)
@@ -226,7 +228,7 @@ class Engine:
     def _settle(self) -> None:
         """Wait for the device: only then is it known whether its collectives came through. Raises if they did not."""
         if self._device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(self._device).synchronize()
             if self._group.world_size > 1:
                 self._group.backend.check()
 

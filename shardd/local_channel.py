@@ -197,10 +197,10 @@ Enter = Callable[[Channel, Callable[[], None]], None]
 class LocalDoor:
     """Waits, on a thread of its own, for the one connection that was announced, and opens the channel on it."""
 
-    def __init__(self, generation: int, enter: Enter, *, pinned: bool, log: Logger) -> None:
+    def __init__(self, generation: int, enter: Enter, *, device: torch.device, log: Logger) -> None:
         self._generation = generation
         self._enter = enter
-        self._pinned = pinned
+        self._device = device
         self._log = log
         self._name = f"shardd.{os.getpid()}.{secrets.token_hex(8)}"
         self._token = secrets.token_hex(32)
@@ -225,7 +225,7 @@ class LocalDoor:
             self._log.warning("local_channel_failed", generation=self._generation, error=str(error))
 
     def _open(self, connection: socket.socket) -> None:
-        arena = Arena(pinned=self._pinned)
+        arena = Arena(self._device)
         channel = LocalChannel(self._generation, connection, arena)
         try:
             self._check_caller(connection, arena)

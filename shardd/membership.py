@@ -184,7 +184,7 @@ class Membership:
         door = LocalDoor(
             generation,
             lambda channel, opened: self.open(generation, owner, channel, opened),
-            pinned=self._device.type == "cuda",
+            device=self._device,
             log=self._log,
         )
         return door.announce()

@@ -148,5 +148,6 @@ def to_host(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for value in values:
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         hosts.append(host.copy_(value.detach(), non_blocking=True))
-    torch.cuda.synchronize()
+    for device in {value.device for value in values if value.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
     return hosts

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,8 +195,13 @@ def load_model(
     """
     parsed = options if isinstance(options, ServingOptions) else ServingOptions.parse(options or {})
     stop = cancelled or (lambda: False)
-    with stoppable(lambda: _stop_if(stop)):
+    with _current(device), stoppable(lambda: _stop_if(stop)):
         return _load(source, world_size, rank, device, group, parsed, progress, stop)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one that this thread works on; a thread begins with the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _load(
