@@ -65,8 +65,9 @@ def choose_device(config: Config) -> Device:
 
 
 def normalise(uuid: str) -> str:
-    """``GPU-`` and the lower-case UUID, as nvidia-smi prints it."""
-    return "GPU-" + uuid.lower().removeprefix("gpu-")
+    """``GPU-`` and the lower-case UUID, as nvidia-smi prints it; also of a part of a GPU (``MIG-``), which CUDA tells
+    without saying that it is one."""
+    return "GPU-" + uuid.lower().removeprefix("gpu-").removeprefix("mig-")
 
 
 def claim_gpu(uuid: str) -> socket.socket:

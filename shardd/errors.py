@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from tensor_parallel.errors import out_of_memory
+from tensor_parallel.errors import device_failed, out_of_memory
 
 Code = grpc.StatusCode
 
@@ -123,6 +123,8 @@ def judge(error: BaseException) -> Verdict:
     names = [kind.__name__ for kind in type(error).__mro__]
     if out_of_memory(error):
         return Verdict(Code.RESOURCE_EXHAUSTED, "OutOfMemory", f"out of memory: {message}")
+    if device_failed(error):
+        return Verdict(Code.UNAVAILABLE, "DeviceError", f"the device failed: {message}", collective=True)
     for name in names:
         if name in _TABLE:
             return Verdict(_TABLE[name], type(error).__name__, message, collective=name in _BETWEEN_RANKS)

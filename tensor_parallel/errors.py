@@ -83,7 +83,10 @@ class LoadCancelled(TensorParallelError):
 
 
 # torch's CPU allocator raises a plain RuntimeError.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory", "CUDA out of memory")
+_NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "cannot allocate memory", "CUDA out of memory"),
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -91,3 +94,11 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def device_failed(error: BaseException) -> bool:
+    """Whether a GPU reported an error other than too little memory. Most of them (a failed assertion, a bad address)
+    leave the process without that GPU for good: whatever it computes next fails alike."""
+    if out_of_memory(error) or not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "AcceleratorError" or str(error).startswith(("CUDA error", "CUDA driver error"))
