@@ -29,7 +29,8 @@ def reserved_like(tensor: Tensor) -> Tensor:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with its own structure, the same buffers, and meta parameters.
+    """A copy of ``model`` with its own structure, the same buffers, and meta parameters. Models are traced on the CPU:
+    of a model on a GPU, the buffers are copied there.
 
     Raises whatever ``copy.deepcopy`` raises for a module that cannot be copied.
     """
@@ -40,12 +41,16 @@ def skeleton(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = stand_in
         keep.append(parameter)
     for buffer in model.buffers():
-        memo[id(buffer)] = buffer
+        memo[id(buffer)] = _on_host(buffer)
     for tensor in _stray_tensors(model):
-        memo.setdefault(id(tensor), tensor.detach())
+        memo.setdefault(id(tensor), _on_host(tensor.detach()))
         keep.append(tensor)
     twin: nn.Module = copy.deepcopy(model, memo)
     return twin
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cpu or tensor.is_meta else tensor.detach().cpu()
 
 
 @contextmanager
@@ -69,10 +74,11 @@ def reserved(model: nn.Module) -> Iterator[None]:
 
 
 def _stray_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors held as plain attributes (results of old-style weight norm, caches), which may refuse to be copied."""
+    """Tensors held as plain attributes (results of old-style weight norm, caches) that refuse to be copied, or must not
+    be where they are."""
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if isinstance(value, Tensor) and not (value.is_leaf and (value.is_cpu or value.is_meta)):
                 yield value
 
 

@@ -321,8 +321,8 @@ def moments(value: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def normalize(value: Tensor, sums: Tensor, count: int, eps: float) -> Tensor:
     """``(value - mean) / sqrt(variance + eps)`` from the summed moments of ``count`` elements; biased variance."""
-    mean = sums[..., 0] / count
-    variance = (sums[..., 1] / count - mean.square()).clamp_min(0)
+    mean = sums.select(-1, 0) / count
+    variance = (sums.select(-1, 1) / count - mean.square()).clamp_min(0)
     scale = torch.rsqrt(variance + eps)
     wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     return ((wide - mean.to(wide.dtype)) * scale.to(wide.dtype)).to(value.dtype)
@@ -365,7 +365,7 @@ def is_random(step: Step) -> bool:
 
 def normalize_rms(value: Tensor, sums: Tensor, count: int, eps: float) -> Tensor:
     """``value / sqrt(mean square + eps)`` from the summed moments of ``count`` elements."""
-    scale = torch.rsqrt(sums[..., 1] / count + eps)
+    scale = torch.rsqrt(sums.select(-1, 1) / count + eps)
     wide = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     return (wide * scale.to(wide.dtype)).to(value.dtype)
 
