@@ -108,7 +108,7 @@ def test_forming_that_fails_says_why(stand_in: Any) -> None:
         raise RuntimeError("NCCL error: remote process exited\nand a long trace")
 
     stand_in.connect = staticmethod(fail)
-    with pytest.raises(PeerLost, match="could not form an NCCL group on cuda:3: NCCL error: remote process exited$"):
+    with pytest.raises(PeerLost, match=r"could not form an NCCL group on cuda:3: NCCL error: remote process exited$"):
         form()
 
 
