@@ -26,7 +26,7 @@ def node_options(command: Any) -> Any:
         option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         option("--model-root", type=DIRECTORY, help="Models are read below this directory only."),
         option("--allow-factory", multiple=True, metavar="PKG.MOD:NAME", help="A factory that may be loaded; repeat."),
-        option("--allow-shared-gpu", is_flag=True, help="More ranks than GPUs, several on each."),
+        option("--allow-shared-gpu", is_flag=True, help="More ranks than GPUs, several on each (slow: over gloo)."),
         option(
             "--threads", type=click.IntRange(min=0), default=0, help="CPU threads of a rank.  [default: a fair share]"
         ),

@@ -76,7 +76,7 @@ def daemons(node: Node, directory: Path) -> list[ChildSpec]:
         argv += ["--listen", daemon_address(node, directory, local), "--health-listen", health]
         argv += ["--device", "cuda" if pins else "cpu", "--drain-seconds", f"{node.drain_seconds:g}"]
         argv += ["--metrics-listen", _port_after(node.metrics_listen, local)] if node.metrics_listen else []
-        argv += _flags(node)
+        argv += _flags(node, shared=len(set(pins)) < len(pins))
         environment = dict(os.environ)
         if pins:
             # By device visibility and never by a device cgroup: NCCL must be able to open its peers' devices.
@@ -180,14 +180,14 @@ def _threads(node: Node) -> list[str]:
     return ["--threads", str(node.threads or max(1, cores() // node.ranks))]
 
 
-def _flags(node: Node) -> list[str]:
+def _flags(node: Node, *, shared: bool) -> list[str]:
     flags = ["--model-root", str(node.model_root)] if node.model_root else []
     for factory in node.allow_factory:
         flags += ["--allow-factory", factory]
     given = (
         ("advertise", node.advertise),
         ("interface", node.interface),
-        ("backend", node.backend),
+        ("backend", node.backend or ("gloo" if shared else "")),  # NCCL refuses several ranks on one GPU
         ("log-level", node.log_level),
     )
     for flag, value in given:

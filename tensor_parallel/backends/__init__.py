@@ -8,6 +8,8 @@ kind         module                          for
 ``"nccl"``   :mod:`.nccl`                    one NVIDIA GPU per rank
 ``"auto"``                                   ``nccl`` on CUDA; on CPU ``shm`` (compiled, one host), else ``gloo``
 ===========  ==============================  =======================================================================
+
+``gloo`` and ``shm`` asked for on CUDA copy through the host (:mod:`.staged`): for ranks that share a GPU.
 """
 
 from tensor_parallel.backends.form import form_backend

@@ -13,6 +13,7 @@ from tensor_parallel.backends.nccl import NcclBackend
 from tensor_parallel.backends.shm import ShmBackend, this_host
 from tensor_parallel.backends.shm_handshake import Host, exchange_hosts
 from tensor_parallel.backends.shm_library import MAX_RANKS, load_library
+from tensor_parallel.backends.staged import StagedBackend
 from tensor_parallel.errors import ConfigError, PeerLost
 from tensor_parallel.group import Backend
 from tensor_parallel.partition import check_rank
@@ -75,6 +76,10 @@ def _connect(
 ) -> Backend:
     if kind == "nccl" or (kind == "auto" and device.type == "cuda"):
         return NcclBackend(store, rank, world_size, device, timeout)
+    if device.type == "cuda":
+        return StagedBackend(
+            _connect(kind, store, rank, world_size, torch.device("cpu"), timeout, segment_prefix, host)
+        )
     if device.type != "cpu":
         raise ConfigError(f"backend {kind!r} moves CPU tensors, not those of {device}")
     if kind == "shm":

@@ -83,6 +83,12 @@ def test_more_ranks_than_gpus_says_what_to_do(gpus, tmp_path):
     specs = daemons(Node(ranks=2, allow_shared_gpu=True), tmp_path)
     assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in specs] == ["GPU-a", "GPU-a"]
     assert "--allow-shared-gpu" in specs[0].argv()
+    assert flag(specs[0].argv(), "--backend") == "gloo"  # which copies through the host; NCCL refuses such ranks
+    assert (
+        flag(daemons(Node(ranks=2, allow_shared_gpu=True, backend="nccl"), tmp_path)[0].argv(), "--backend") == "nccl"
+    )
+    gpus(2)
+    assert "--backend" not in daemons(Node(ranks=2, allow_shared_gpu=True), tmp_path)[0].argv()
     assert flag(daemons(Node(ranks=2, device="cpu"), tmp_path)[0].argv(), "--device") == "cpu"
 
 
