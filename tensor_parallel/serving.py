@@ -111,10 +111,12 @@ class ServedModel:
 
     def checksum(self) -> int:
         """Sum of this rank's weights as 32-bit words (bytes, where they do not divide), on the device: a quick way to
-        tell whether an aborted kernel has written over them. Not a digest: see ``shard_digest``.
+        tell whether an aborted kernel has written over them. Not a digest: see ``shard_digest``. Buffers that the
+        model itself writes to, or may, do not count.
         """
         total = 0
-        for tensor in (*self._module.parameters(), *self._module.buffers()):
+        buffers = self._module.unwritten_buffers() if isinstance(self._module, ShardedModule) else ()
+        for tensor in (*self._module.parameters(), *buffers):
             flat = tensor.detach().reshape(-1).view(torch.uint8)
             words = flat.view(torch.int32) if flat.numel() % 4 == 0 and flat.storage_offset() % 4 == 0 else flat
             total += int(words.sum(dtype=torch.int64))

@@ -55,7 +55,7 @@ class Runner:
         self._plain = self._without_gradients(group, None)
         self._slots = [module.slot(name) for name in program.states]
         self._constants = [compiled.signature.constants[name].to(device) for name in program.constants]
-        self._updates = [module.slot(name) for name in program.updates]
+        self.updates = [module.slot(name) for name in program.updates]
         shapes = compiled.signature.shapes()
         self._shapes = [
             None if shape is None else [(d, size) for d, size in enumerate(shape) if size != FREE] for shape in shapes
@@ -106,7 +106,7 @@ class Runner:
         states = [table[key] for table, key in self._slots]
         forward = self._grad if torch.is_grad_enabled() else self._plain
         outputs, updates = forward(leaves, states, self._constants)
-        for (table, key), value in zip(self._updates, updates, strict=True):
+        for (table, key), value in zip(self.updates, updates, strict=True):
             table[key] = _kept(value, leaves).detach()  # the old one may be needed by the backward
         return outputs
 
@@ -174,6 +174,11 @@ class ShardedModule(nn.Module):
         key = self._key(compiled.signature.in_spec, compiled.signature.example, plan.training)
         self._runners.setdefault(key, []).append(runner)
         return runner
+
+    def unwritten_buffers(self) -> list[Tensor]:
+        """Those that no program changes. May be called from any thread."""
+        written = {id(table[key]) for runner in self._all() for table, key in runner.updates}
+        return [buffer for buffer in self.buffers() if id(buffer) not in written]
 
     def plans(self) -> list[Plan]:
         """Of every program there is; that of the first one made comes first. May be called from any thread."""

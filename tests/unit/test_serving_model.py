@@ -56,6 +56,34 @@ def test_two_loads_hold_the_same_and_a_changed_weight_shows(archive: Path) -> No
     assert first.checksum() != second.checksum()
 
 
+class Counting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("offset", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return self.layer(x) + self.offset
+
+
+def counting() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    return Counting(), {"x": torch.ones(2, 4)}
+
+
+def test_what_a_model_writes_itself_does_not_count_as_changed() -> None:
+    name = "tests.unit.test_serving_model:counting"
+    model = load(open_source(name, factories=(name,)))
+    before = model.checksum()
+    model.run({"x": torch.zeros(2, 4)})
+    held = dict(model._module.named_buffers())
+    assert (model.plan.mode, held["seen"].item()) == ("graph", 1.0)
+    assert model.checksum() == before
+    held["offset"][0] += 1
+    assert model.checksum() != before
+
+
 def test_sizes_are_checked_against_each_other(archive: Path) -> None:
     model = load(open_source(archive))
     inputs = checkpoints.mlp_inputs()
