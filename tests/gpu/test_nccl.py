@@ -77,6 +77,22 @@ def leave_a_killed_peer(place: Place) -> float:
     return time.monotonic() - aborted[0]
 
 
+def leave_and_form_again(place: Place) -> None:
+    """Generations of one process, each with a communicator of its own."""
+    device = torch.device("cuda", place.rank)
+    for generation in range(3):
+        backend = form(place, f"generation {generation}")
+        place.store().set(f"formed/{generation}/{place.rank}", "1")
+        place.store().wait([f"formed/{generation}/{rank}" for rank in range(place.world_size)], timedelta(seconds=60))
+        backend.abort("the generation ends")
+        with pytest.raises(CollectiveAborted):
+            backend.all_reduce_sum_(torch.ones(1, device=device))
+        backend.close()
+    last = form(place, "last")
+    assert last.all_reduce_sum_(torch.ones(1, device=device)).item() == place.world_size
+    last.close()
+
+
 def _forward(backend: Backend, device: torch.device) -> None:
     backend.all_reduce_sum_(torch.ones(1 << 20, device=device))
     torch.cuda.synchronize(device)
@@ -107,6 +123,14 @@ def test_a_killed_peer_is_left_and_the_weights_survive() -> None:
         ranks.set("supervisor", "killed")
         took, _ = ranks.finish(100, may_die={1})
     assert took < 15
+
+
+@needs_one
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=needs_two)])
+def test_generation_after_generation_in_one_process(world_size: int) -> None:
+    with Ranks(world_size) as ranks:
+        ranks.run(leave_and_form_again, timeout=150)
 
 
 @needs_one
