@@ -46,7 +46,7 @@ done
 
 if [ -z "$ranks" ]; then
     [ "$device" = cuda ] || fail "--cpu needs --ranks"
-    ranks=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    ranks=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)  # parts of a GPU (MIG) are listed below it
 fi
 [ "$ranks" -ge 1 ] || fail "no GPU found; use --ranks N, with --cpu where there is none"
 : "${world_size:=$ranks}"
