@@ -54,6 +54,10 @@ class PlanError(TensorParallelError):
     """No provably correct plan could be made for a model."""
 
 
+class NoGraph(PlanError):
+    """No graph can be planned for these calls of a module; its own code can run them."""
+
+
 class NotPortable(TensorParallelError):
     """A plan cannot be handed to another process, or what was handed over is no plan for this one; says why."""
 

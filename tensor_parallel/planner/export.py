@@ -25,11 +25,12 @@ from torch.utils import _pytree as pytree
 
 from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import branches, hits
+from tensor_parallel.planner.derivatives import Derivatives
 from tensor_parallel.planner.functional import functionalise
 from tensor_parallel.planner.reserve import replaced_forward, tracing_settings
 from tensor_parallel.planner.stopping import pause, pausing
 from tensor_parallel.planner.tensors import role
-from tensor_parallel.planner.traced import Traced, collect
+from tensor_parallel.planner.traced import OWN, Traced, collect
 
 log = logging.getLogger(__name__)
 
@@ -234,9 +235,10 @@ def _export(
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # a failed attempt is an answer here, not an error to print
     try:
-        # Under no_grad the trace has no nested regions for no_grad blocks; gradients never depend on it.
+        derivatives = Derivatives()
+        # Under no_grad the trace has no nested regions for no_grad blocks: they become detached operands.
         with torch.no_grad(), tracing_settings(), pausing(model), _without_a_dump(model), _memory(model):
-            with unrolled.around(model) if unrolled is not None else nullcontext():
+            with unrolled.around(model) if unrolled is not None else nullcontext(), derivatives.around(model):
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             if unrolled is not None:
                 unrolled.finish()
@@ -246,6 +248,7 @@ def _export(
                 exported = exported.run_decompositions({})
             if unrolled is not None and unrolled.bodies:
                 hits.drop_checks(exported.graph)
+            exported.graph_module.meta[OWN] = tuple(derivatives.own)
             return exported
     finally:
         for logger, level in zip(loggers, levels, strict=True):

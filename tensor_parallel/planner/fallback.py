@@ -10,7 +10,7 @@ this is right for any model; ``mode`` is ``"modules"``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from tensor_parallel.group import Group
 from tensor_parallel.planner.plan import FREE, Collective, InputSpec, Plan
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.tensors import Tensors
+
+if TYPE_CHECKING:
+    from tensor_parallel.planner.module import ShardedModule
 
 _SMALL = 0.002  # of all bytes: tensors below it stay whole
 
@@ -74,10 +77,9 @@ def _local_bytes(tensors: Tensors, name: str, shard: Shard, rank: int) -> int:
 def _shards(twin: nn.Module, tensors: Tensors, ranks: int) -> dict[str, Shard]:
     shards = {name: _longest(tensors, name, ranks) for name in tensors.stored}
     for prefix, module in twin.named_modules():
-        if not _is_linear(module):
+        if not _is_linear(module) or not prefix:
             continue
-        weight = tensors.canonical(f"{prefix}.weight" if prefix else "weight")
-        bias = tensors.canonical(f"{prefix}.bias" if prefix else "bias")
+        weight, bias = tensors.canonical(f"{prefix}.weight"), tensors.canonical(f"{prefix}.bias")
         if shards[weight].dim is None:
             continue
         rows = tensors.shape(weight)[0]
@@ -97,7 +99,9 @@ def _longest(tensors: Tensors, name: str, ranks: int) -> Shard:
 
 def _is_linear(module: nn.Module) -> bool:
     """A layer that computes what ``nn.Linear`` computes, by its code, not its name."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not module._forward_pre_hooks
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or module._forward_pre_hooks:
+        return False
+    return module._parameters.get("weight") is not None  # which a parametrization would compute
 
 
 def _linears(twin: nn.Module, tensors: Tensors, shards: Mapping[str, Shard]) -> dict[str, nn.Module]:
@@ -107,9 +111,18 @@ def _linears(twin: nn.Module, tensors: Tensors, shards: Mapping[str, Shard]) -> 
         if _is_linear(module) and prefix:
             shard = shards[tensors.canonical(f"{prefix}.weight")]
             bias = f"{prefix}.bias" if module.bias is not None else None
-            if shard.dim == 0 and (bias is None or shards[tensors.canonical(bias)] == shard):
+            if shard.dim == 0 and _in_order(shard) and (bias is None or shards[tensors.canonical(bias)] == shard):
                 found[prefix] = module
     return found
+
+
+def _in_order(shard: Shard) -> bool:
+    """Whether the ranks' parts, one after the other, are the whole."""
+    return bool((torch.diff(_indices(shard)) == 1).all())
+
+
+def _indices(shard: Shard) -> Tensor:
+    return torch.cat([shard.index(rank) for rank in range(len(shard.runs))])
 
 
 class ModulesModel(nn.Module):
@@ -153,6 +166,52 @@ def _cloned(buffer: Tensor | None) -> Tensor | None:
     return None if buffer is None else buffer.clone()
 
 
+class OwnCode:
+    """The model's own code over the tensors that a :class:`ShardedModule` holds, for calls that no graph computes.
+
+    Divided parameters are gathered when they are read. Divided buffers are gathered before the call, and what the call
+    made of them is divided again after it.
+    """
+
+    def __init__(self, plan: Plan, twin: nn.Module, module: ShardedModule, group: Group, device: torch.device) -> None:
+        self._plan, self._twin, self._group = plan, twin, group
+        tensors = Tensors(twin)
+        self._held: list[tuple[dict[str, Any], str, str]] = []  # where the twin has it, and its name
+        for prefix, child in twin.named_modules(remove_duplicate=False):
+            for table in (child._parameters, child._buffers):
+                for leaf, tensor in table.items():
+                    if tensor is not None:
+                        self._held.append((table, leaf, tensors.canonical(f"{prefix}.{leaf}" if prefix else leaf)))
+        self._slots = {name: module.slot(name) for _, _, name in self._held}
+
+        def held(name: str, shard: Shard) -> Tensor:
+            table, key = self._slots[name]
+            return table[key]  # type: ignore[no-any-return]
+
+        self._model = build_modules(plan, twin, rank=group.rank, group=group, read=held, device=device)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Any:
+        whole: dict[str, Tensor] = {}
+        for table, leaf, name in self._held:
+            if name not in whole:
+                slots, key = self._slots[name]
+                whole[name] = self._whole_buffer(name, slots[key])
+            table[leaf] = whole[name]
+        self._twin.train(training)
+        self._model.training = training
+        outputs = self._model(*args, **kwargs)
+        for table, leaf, name in self._held:
+            slots, key = self._slots[name]
+            if not isinstance(slots[key], nn.Parameter):
+                shard, value = self._plan.shards[name], table[leaf].detach()
+                slots[key] = value if shard.dim is None else shard.take(value, self._group.rank)
+        return outputs
+
+    def _whole_buffer(self, name: str, local: Tensor) -> Tensor:
+        shard = self._plan.shards[name]
+        return local if isinstance(local, nn.Parameter) or shard.dim is None else gather(local, shard, self._group)
+
+
 def build_modules(
     plan: Plan, twin: nn.Module, *, rank: int, group: Group, read: Callable[[str, Shard], Tensor], device: torch.device
 ) -> ModulesModel:
@@ -186,7 +245,9 @@ def _fill(
                 name = tensors.canonical(f"{prefix}.{leaf}" if prefix else leaf)
                 if name not in made:
                     local = read(name, plan.shards[name]).to(device)
-                    made[name] = nn.Parameter(local, requires_grad=tensor.requires_grad) if is_parameter else local
+                    if is_parameter and not isinstance(local, nn.Parameter):
+                        local = nn.Parameter(local, requires_grad=tensor.requires_grad)
+                    made[name] = local
                 table[leaf] = made[name]
 
 
@@ -231,9 +292,9 @@ def gather(local: Tensor, shard: Shard, group: Group) -> Tensor:
     assert shard.dim is not None
     ranks = range(group.world_size)
     whole = collectives.all_gather_concat(local, shard.dim, group, [shard.local_size(r) for r in ranks])
-    index = torch.cat([shard.index(r) for r in ranks])
-    if bool((torch.diff(index) == 1).all()):
+    if _in_order(shard):
         return whole
+    index = _indices(shard)
     # Of an index that several ranks hold this rank's own copy is used, so that its gradient arrives here whole.
     position = torch.empty(int(index.max()) + 1, dtype=torch.long)
     position[index] = torch.arange(len(index))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tensor_parallel.checkpoint.digest import content_digest
-from tensor_parallel.errors import LoadCancelled, PlanError
+from tensor_parallel.errors import LoadCancelled, NoGraph, PlanError
 from tensor_parallel.group import Group
 from tensor_parallel.planner import runtime, specs, verify
 from tensor_parallel.planner import search as searching
@@ -34,7 +34,7 @@ from tensor_parallel.planner.tensors import Tensors
 from tensor_parallel.planner.traced import Traced
 
 if TYPE_CHECKING:
-    from tensor_parallel.planner.fallback import ModulesModel
+    from tensor_parallel.planner.fallback import ModulesModel, OwnCode
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +192,7 @@ def plan_traced(
         program=program_digest(prover.program, {name: tensor for name, (_, tensor) in traced.constants.items()}),
         decisions={**best.modes, **best.forced},
         training=twin.training,
+        own_derivatives=traced.own_derivatives,
         artifact=Compiled(traced.signature(), prover.program, names),
     )
     if not check:
@@ -315,12 +316,17 @@ def instantiate_skeleton(
             flipped=flipped,
         )
         if other.mode != "graph":
-            raise PlanError("; ".join(other.notes))
+            raise NoGraph("; ".join(other.notes))
         if not whole_outputs and [o.shard for o in other.outputs] != [o.shard for o in plan.outputs]:
             raise PlanError("these inputs need another program, whose outputs would not be divided as those before")
         return other, other.artifact
 
-    module._planner = planner
+    def own_code() -> OwnCode:
+        from tensor_parallel.planner.fallback import OwnCode
+
+        return OwnCode(plan, as_skeleton(twin), module, group, device)
+
+    module._planner, module._make_own_code = planner, own_code
     return module
 
 

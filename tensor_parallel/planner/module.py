@@ -3,22 +3,23 @@
 One module runs several programs over the same tensors: evaluation and training differ (an exported graph bakes dropout
 in), and so
 do calls with other arguments, or other sizes of dimensions the model does not leave free. Each is planned when first
-needed, with
-the division of the stored tensors fixed by the first.
+needed, with the division of the stored tensors fixed by the first. Calls for which no graph can be planned, or whose
+gradients a graph would not have, run the model's own code over the same tensors.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tensor_parallel.errors import InvalidInput
+from tensor_parallel.errors import InvalidInput, NoGraph
 from tensor_parallel.group import Group
 from tensor_parallel.planner.branches import AHEAD, Way, try_ways
 from tensor_parallel.planner.codegen import generate
@@ -28,6 +29,11 @@ from tensor_parallel.planner.rehearsal import Alone, Rehearsal
 from tensor_parallel.planner.segments import Called, Segments
 from tensor_parallel.planner.signature import Signature
 from tensor_parallel.planner.stopping import pause
+
+if TYPE_CHECKING:
+    from tensor_parallel.planner.fallback import OwnCode
+
+log = logging.getLogger(__name__)
 
 _Slot = tuple[dict[str, Any], str]
 _REMEMBERED = 4096  # combinations of sizes whose check is remembered
@@ -127,6 +133,9 @@ class ShardedModule(nn.Module):
         self._runners: dict[Any, list[Runner]] = {}
         self._by_name: dict[Any, list[Runner]] = {}  # the same lists, found without building a tree of the arguments
         self._planner: Callable[..., tuple[Plan, Compiled]] | None = None
+        self._unplanned: dict[Any, str] = {}  # calls for which there is no graph, and why
+        self._make_own_code: Callable[[], OwnCode] | None = None
+        self._own_code: tuple[OwnCode, ...] = ()  # in a tuple: not a submodule
 
     # ------------------------------------------------------------------ tensors by name
     def hold(self, name: str, tensor: Tensor, *, is_parameter: bool, requires_grad: bool, persistent: bool) -> None:
@@ -194,9 +203,23 @@ class ShardedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
-        runner, leaves = self.runner_for(args, kwargs)
+        try:
+            runner, leaves = self.runner_for(args, kwargs)
+        except NoGraph as reason:
+            if self._make_own_code is None:
+                raise
+            return self._run_own_code(args, kwargs, str(reason))
+        if runner.plan.own_derivatives and torch.is_grad_enabled() and self._make_own_code is not None:
+            return self._run_own_code(args, kwargs, "; ".join(runner.plan.own_derivatives))
         outputs = runner(leaves)
         return pytree.tree_unflatten(outputs, runner.compiled.signature.out_spec)
+
+    def _run_own_code(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
+        if not self._own_code:
+            assert self._make_own_code is not None
+            log.warning("some calls run the model's own code, its parameters gathered: %s", reason)
+            self._own_code = (self._make_own_code(),)
+        return self._own_code[0](args, kwargs, self.training)
 
     def runner_by_name(self, inputs: Mapping[str, Tensor]) -> tuple[Runner, Sequence[Any]]:
         """The program for ``forward(**inputs)``, and its flat inputs. For callers that count microseconds."""
@@ -223,9 +246,15 @@ class ShardedModule(nn.Module):
         for runner in self._runners.get(key, ()):
             if runner.fits(leaves):
                 return runner, leaves
+        if key in self._unplanned:
+            raise NoGraph(self._unplanned[key])
         if self._planner is None:
             raise InvalidInput(f"no plan for inputs {', '.join(sorted(kwargs)) or len(args)} of these types and sizes")
-        plan, compiled = self._planner(args, kwargs, self.training)
+        try:
+            plan, compiled = self._planner(args, kwargs, self.training)
+        except NoGraph as error:
+            self._unplanned[key] = str(error)
+            raise
         runner = Runner(plan, compiled, self, self._group, self._device)
         self._runners.setdefault(key, []).append(runner)
         return runner, leaves

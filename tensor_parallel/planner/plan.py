@@ -82,6 +82,7 @@ class Plan:
     training: bool = False
     verified: str = "no"
     notes: tuple[str, ...] = ()
+    own_derivatives: tuple[str, ...] = ()  # where any: calls that record gradients run the model's own code
     artifact: Any = field(
         default=None, compare=False, repr=False
     )  # the compiled form, in the process that made the plan
@@ -128,6 +129,7 @@ class Plan:
             training=data["training"],
             verified=data["verified"],
             notes=tuple(data["notes"]),
+            own_derivatives=tuple(data["own_derivatives"]),
         )
 
     def digest(self) -> str:
@@ -147,6 +149,8 @@ class Plan:
         lines.extend(f"  {c.kind} of {c.nbytes} bytes at {c.where}" for c in self.collectives)
         lines.extend(f"  gathered at {r.where} ({r.op}): {r.why}" for r in self.reasons)
         lines.extend(f"  note: {note}" for note in self.notes)
+        if self.own_derivatives:
+            lines.append(f"  calls that record gradients run the model's own code: {'; '.join(self.own_derivatives)}")
         return "\n".join(lines)
 
 
@@ -180,6 +184,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
         "training": plan.training,
         "verified": plan.verified,
         "notes": plan.notes,
+        "own_derivatives": plan.own_derivatives,
     }
     return data
 

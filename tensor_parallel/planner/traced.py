@@ -17,6 +17,9 @@ from tensor_parallel.planner import branches
 from tensor_parallel.planner.branches import Branches
 from tensor_parallel.planner.signature import Signature, satisfies
 
+OWN = "derivatives of the model's own"
+"""Where a traced graph's meta says which there are."""
+
 Shapes = tuple[tuple[int, ...], ...]
 """A tensor's shape at each assignment of the free sizes."""
 
@@ -38,6 +41,7 @@ class Traced:
     assignments: tuple[dict[sympy.Symbol, int], ...]
     guards: tuple[Any, ...] = ()  # what the trace assumed of the free sizes (a length divisible by a chunk size)
     branches: Branches | None = None  # what it assumed of the inputs' values
+    own_derivatives: tuple[str, ...] = ()  # which the graph does not have; see ``derivatives``
     _cache: dict[Any, tuple[int, ...]] = field(default_factory=dict)
 
     @staticmethod
@@ -123,6 +127,8 @@ def collect(
         else:
             raise PlanError(f"the trace takes a {kind.lower().replace('_', ' ')}, which cannot be planned")
     _refuse_mutation(exported.graph_module)
+    parameters = {node for node, is_parameter in states.values() if is_parameter}
+    _without_idle_detach(exported.graph, parameters | {node for node in inputs if node and _is_inexact(node)})
     _merge_repeats(exported.graph_module.graph)
     output_node = next(node for node in exported.graph.nodes if node.op == "output")
     outputs, updates = _outputs(output_node, signature)
@@ -153,6 +159,7 @@ def collect(
         assignments=_assignments(exported, guards),
         guards=guards,
         branches=taken,
+        own_derivatives=exported.graph_module.meta.get(OWN, ()),
     )
 
 
@@ -172,6 +179,21 @@ def _outputs(
         else:
             raise PlanError(f"the model mutates {spec.target or 'an input'} ({kind.lower().replace('_', ' ')})")
     return outputs, updates
+
+
+def _without_idle_detach(graph: fx.Graph, depends: set[fx.Node]) -> None:
+    """Only what depends on parameters, or on inputs that may have gradients, has any to keep back."""
+    for node in list(graph.nodes):
+        if not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+        elif node.target is torch.ops.aten.detach.default and not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _is_inexact(node: fx.Node) -> bool:
+    dtype = node.meta["val"].dtype
+    return bool(dtype.is_floating_point or dtype.is_complex)
 
 
 def _merge_repeats(graph: fx.Graph) -> None:
