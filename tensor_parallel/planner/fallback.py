@@ -10,6 +10,7 @@ this is right for any model; ``mode`` is ``"modules"``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,10 @@ def _local_bytes(tensors: Tensors, name: str, shard: Shard, rank: int) -> int:
 
 
 def _shards(twin: nn.Module, tensors: Tensors, ranks: int) -> dict[str, Shard]:
-    shards = {name: _longest(tensors, name, ranks) for name in tensors.stored}
+    scripted = _scripted(twin, tensors)
+    shards = {
+        name: Shard.replicated() if name in scripted else _longest(tensors, name, ranks) for name in tensors.stored
+    }
     for prefix, module in twin.named_modules():
         if not _is_linear(module) or not prefix:
             continue
@@ -87,6 +91,15 @@ def _shards(twin: nn.Module, tensors: Tensors, ranks: int) -> dict[str, Shard]:
         if bias in shards:
             shards[bias] = shards[weight]
     return shards
+
+
+def _scripted(twin: nn.Module, tensors: Tensors) -> set[str]:
+    """What code that is not Python's reads: it cannot be given anything else than is stored."""
+    names: set[str] = set()
+    for prefix, module in twin.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            names |= {tensors.canonical(f"{prefix}.{name}" if prefix else name) for name in module.state_dict()}
+    return names
 
 
 def _longest(tensors: Tensors, name: str, ranks: int) -> Shard:
@@ -131,7 +144,10 @@ class ModulesModel(nn.Module):
     def __init__(self, twin: nn.Module) -> None:
         super().__init__()
         self._twin = (twin,)
-        self._gathered: dict[tuple[int, str], Tensor] = {}
+        self._gathered: dict[tuple[int, str], _Gathered] = {}
+        self._running = False
+        self._modes = (False, True)  # whether the call is one without autograd, and whether it records gradients
+        self._compiled = any(type(module).__name__ == "OptimizedModule" for module in twin.modules())
         self._whole: Callable[[str], Tensor] | None = None
         self._modules, self._parameters, self._buffers = twin._modules, twin._parameters, twin._buffers
         self._non_persistent_buffers_set = twin._non_persistent_buffers_set
@@ -140,10 +156,25 @@ class ModulesModel(nn.Module):
         """As the model's own."""
         twin = self._twin[0]
         twin.training = self.training
+        self._gathered.clear()  # what a backward read that recomputed activations
+        self._running, self._modes = True, (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         try:
-            return twin(*args, **kwargs)
+            with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
+                outputs = twin(*args, **kwargs)
+            for gathered in self._gathered.values():
+                gathered.keep_writes()
+            return outputs
         finally:
             self._gathered.clear()
+            self._running = False
+
+    def whole(self, key: tuple[int, str], local: Tensor, shard: Shard, group: Group) -> Tensor:
+        """A divided parameter, gathered once in a call; with its gradient wherever in the call it is read first."""
+        if key not in self._gathered:
+            inference, records = self._modes
+            with torch.inference_mode(inference), torch.set_grad_enabled(records):
+                self._gathered[key] = _Gathered(local, shard, group)
+        return self._gathered[key].whole
 
     def rehearse(self, inputs: Mapping[str, Any], whole: Callable[[str], Tensor]) -> None:
         """Run the model once without its peers: ``whole(name)`` gives the undivided tensors, one at a time. Raises what
@@ -160,6 +191,25 @@ class ModulesModel(nn.Module):
                 place[name] = buffer
                 if buffer is not None and value is not None:
                     buffer.copy_(value)
+
+
+class _Gathered:
+    """A divided parameter, whole, for the time of one call."""
+
+    def __init__(self, local: Tensor, shard: Shard, group: Group) -> None:
+        self._local, self._shard, self._rank = local, shard, group.rank
+        self.whole = gather(local, shard, group)
+        self.whole._is_param = True  # type: ignore[attr-defined]  # for isinstance(..., nn.Parameter)
+        self._version, self._memory = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        return 0 if self.whole.is_inference() else self.whole._version, self.whole.data_ptr()
+
+    def keep_writes(self) -> None:
+        """If the model has written to it, this rank's part is written to."""
+        if self._now() != (self._version, self._memory):
+            with torch.no_grad():
+                self._local.copy_(self._shard.take(self.whole.detach(), self._rank))
 
 
 def _cloned(buffer: Tensor | None) -> Tensor | None:
@@ -227,7 +277,8 @@ def build_modules(
             if parameter is not None
         }
         divided = {leaf: name for leaf, name in names.items() if plan.shards[name].dim is not None}
-        if divided:
+        below = (f"{prefix}.{name}" if prefix else name for name, _ in child.named_parameters())
+        if any(plan.shards[tensors.canonical(name)].dim is not None for name in below):
             shards = {leaf: plan.shards[name] for leaf, name in divided.items()}
             _specialise(child, shards, divided, group, module, prefix in linears)
     return module
@@ -262,26 +313,37 @@ def _specialise(
     """Make ``child`` an instance of a subclass that finds whole parameters where its class finds its own."""
     base = type(child)
 
+    def is_local(self: nn.Module, name: str) -> bool:
+        """Not what ``torch.func.functional_call`` and its like have put in place."""
+        tensor, shard = self._parameters.get(name), divided[name]
+        return tensor is not None and tensor.shape[shard.dim] == shard.local_size(group.rank)
+
     def whole(self: nn.Module, name: str) -> Any:
         shard = divided.get(name)
-        if shard is None:
+        if shard is None or not is_local(self, name):
             return base.__getattr__(self, name)
         if owner._whole is not None:
             return owner._whole(names[name])
-        key = (id(self), name)
-        if key not in owner._gathered:
-            owner._gathered[key] = gather(self._parameters[name], shard, group)  # type: ignore[arg-type]
-        return owner._gathered[key]
+        return owner.whole((id(self), name), self._parameters[name], shard, group)  # type: ignore[arg-type]
 
     def forward(self: nn.Module, input: Tensor) -> Tensor:
-        if owner._whole is not None:
+        read = any((id(self), name) in owner._gathered or not is_local(self, name) for name in divided)
+        if owner._whole is not None or read:
             return base.forward(self, input)  # type: ignore[no-any-return]
         weight, bias = self._parameters["weight"], self._parameters.get("bias")
         local = functional.linear(collectives.copy_to_ranks(input, group), weight, bias)  # type: ignore[arg-type]
         sizes = [divided["weight"].local_size(r) for r in range(group.world_size)]
         return collectives.all_gather_concat(local, local.ndim - 1, group, sizes)
 
-    methods: dict[str, Any] = {"__getattr__": whole, "__module__": base.__module__}
+    def named_parameters(self: nn.Module, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
+        """While the model's own code runs it sees them whole; optimizers, afterwards, see this rank's parts."""
+        for name, parameter in base.named_parameters(self, prefix, *args, **kwargs):
+            path, _, leaf = name[len(prefix) + 1 if prefix else 0 :].rpartition(".")
+            yield name, getattr(self.get_submodule(path), leaf) if owner._running else parameter
+
+    methods: dict[str, Any] = {"named_parameters": named_parameters, "__module__": base.__module__}
+    if divided:
+        methods["__getattr__"] = whole
     if linear:
         methods["forward"] = forward
     child.__class__ = type(base.__name__, (base,), methods)

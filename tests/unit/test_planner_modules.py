@@ -1,0 +1,159 @@
+"""The model's own code over divided parameters, read and written in whatever way it does."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from tensor_parallel import Group
+from tensor_parallel.wrapper import DistributedModelWrapper
+from tests.simulated import run_ranks
+
+WIDTH, RANKS = 12, 3
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Mlp(), Mlp()
+        self.table = nn.Parameter(torch.randn(40, WIDTH) / 4)
+
+    def halved(self, x: Tensor) -> Tensor:
+        while float(x.detach().abs().max()) > 1.0:
+            x = x / 2
+        return x
+
+
+class Penalised(Untraceable):
+    """All parameters, by iteration."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.halved(x))) + sum(p.square().sum() for p in self.parameters()) + self.table.norm()
+
+
+class FirstWithout(Untraceable):
+    """Read where no gradient is recorded, and then where one is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = self.table.norm() + self.a.up.weight.norm()
+        return self.a(self.halved(x)) @ self.table.t() @ self.table / scale
+
+
+class Averaging(Untraceable):
+    """Parameters are written to, by name and by iteration, and used in the same call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for name, target in self.b.named_parameters():
+                target.mul_(0.9).add_(self.a.get_parameter(name), alpha=0.1)
+            self.b.up.weight.data = self.b.up.weight.data * 0.5
+            self.table[0] = self.table.mean(0)
+            target = self.b(x)
+        return self.a(self.halved(x)) - target + self.table[0]
+
+
+class Recomputed(Untraceable):
+    """The backward reads parameters again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Bilinear(WIDTH, WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self.a, self.halved(x), use_reentrant=False)
+        return checkpoint(self.pair, y, checkpoint(self.b, y, use_reentrant=True), use_reentrant=False)
+
+
+class Replaced(Untraceable):
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = {name: p - 0.1 * p.sign() * p.norm() for name, p in self.a.named_parameters()}
+        return torch.func.functional_call(self.a, parameters, (self.halved(x),)) + self.b(x)
+
+
+class Parametrised(Untraceable):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Sequential(weight_norm(nn.Linear(WIDTH, 32)), nn.Tanh(), spectral_norm(nn.Linear(32, WIDTH)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(self.halved(x)))
+
+
+class Scripted(Untraceable):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = torch.jit.script(Mlp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(self.halved(x)))
+
+
+class Compiled(Untraceable):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = torch.compile(nn.Bilinear(WIDTH, WIDTH, WIDTH), backend="eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(self.halved(x))
+        return functional.normalize(self.c(y, y))
+
+
+def build(kind: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().double().train()
+
+
+def step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    optimizer.zero_grad()
+    loss = model(x).square().sum()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:`torch.jit.script` is not supported")
+@pytest.mark.parametrize(
+    "kind", [Penalised, FirstWithout, Averaging, Recomputed, Replaced, Parametrised, Scripted, Compiled]
+)
+def test_three_steps_of_training_are_the_models(kind: Any) -> None:
+    x = torch.randn(5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain = build(kind)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.01)
+    want = [step(plain, x, optimizer) for _ in range(3)]
+    tracing = threading.Lock()
+
+    def body(group: Group) -> tuple[Any, ...]:
+        with tracing:
+            model = DistributedModelWrapper(build(kind), RANKS, group.rank, (x,), group=group)
+        assert model.plan.mode == "modules"
+        assert model.plan.shards["table"].local_size(group.rank) in (13, 14)
+        assert next(model.parameters()).numel() < plain.table.numel()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        return [step(model, x, optimizer) for _ in range(3)], model.full_state_dict()
+
+    results = run_ranks(RANKS, body)
+    for losses, _ in results:
+        assert_close(losses, want)
+    assert_close(results[0][1], dict(plain.state_dict()))
