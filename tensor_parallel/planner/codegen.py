@@ -29,8 +29,23 @@ def _copied(whole: Tensor, value: Tensor, non_blocking: bool = False) -> Tensor:
     return value.to(whole.dtype).expand(whole.shape)
 
 
+def _scattered(view: Any, scatter: Any) -> Callable[..., Tensor]:
+    """``scatter``, which has no derivative for complex numbers."""
+
+    def scattered(whole: Tensor, part: Tensor, *where: int | None) -> Tensor:
+        if not whole.is_complex():
+            return scatter(whole, part, *where)  # type: ignore[no-any-return]
+        result = whole.clone()
+        view(result, *where).copy_(part)
+        return result
+
+    return scattered
+
+
 _DIRECT: dict[Any, Callable[..., Any]] = {
     aten.copy.default: _copied,
+    aten.slice_scatter.default: _scattered(aten.slice.Tensor, aten.slice_scatter.default),
+    aten.select_scatter.default: _scattered(aten.select.int, aten.select_scatter.default),
     # The same kernels by a shorter way than the dispatcher's Python overloads.
     aten.linear.default: torch._C._nn.linear,
     aten.reshape.default: torch.reshape,

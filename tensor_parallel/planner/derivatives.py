@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointFunction
 
 from tensor_parallel.planner.reserve import replaced_forward
+from tensor_parallel.planner.tensors import differentiable
 
 aten = torch.ops.aten
 
@@ -157,4 +158,4 @@ def _last(graph: fx.Graph) -> fx.Node:
 
 def _has_derivative(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return isinstance(value, Tensor) and differentiable(value.dtype)

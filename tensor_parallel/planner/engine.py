@@ -33,6 +33,7 @@ from tensor_parallel.planner.placement import (
 )
 from tensor_parallel.planner.program import PerRank, Ref
 from tensor_parallel.planner.stopping import pause
+from tensor_parallel.planner.tensors import differentiable
 from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Call, Sym, Value, map_values
 
@@ -170,7 +171,7 @@ class Engine:
             for shape, owner in zip(shapes, place.owners, strict=True)
         ):
             raise Unproven("the result's sizes are not those the rule expects")
-        grad = dtype.is_floating_point and any(v.grad for v in call.values())
+        grad = differentiable(dtype) and any(v.grad for v in call.values())
         if isinstance(place, Sharded) and not self.solving and all(o.size and (o == ALL).all() for o in place.owners):
             return Value(self.leave(ref) if grad else ref, REPLICATED, shapes, dtype, grad)
         return Value(ref, place, shapes, dtype, grad)

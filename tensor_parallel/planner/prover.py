@@ -34,7 +34,7 @@ from tensor_parallel.planner.program import PerRank, Program, Ref, Step, map_ref
 from tensor_parallel.planner.rules import PARTIAL_RULES, RULES
 from tensor_parallel.planner.sequence import divide_along_sequence
 from tensor_parallel.planner.solver import Division
-from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.tensors import Tensors, differentiable
 from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Call, Sym, Value, map_values
 
@@ -85,7 +85,7 @@ class Prover(Engine):
             program.inputs.append(number)
             if node is not None:
                 shapes, dtype = self._describe(node.meta["val"])
-                self.env[node] = Value(Ref(number), REPLICATED, shapes, dtype, dtype.is_floating_point)
+                self.env[node] = Value(Ref(number), REPLICATED, shapes, dtype, differentiable(dtype))
         for name, (node, _) in self.traced.constants.items():
             shapes, dtype = self._describe(node.meta["val"])
             program.constants[name] = program.new_id()
@@ -103,7 +103,7 @@ class Prover(Engine):
             REPLICATED,
             shapes,
             dtype,
-            is_parameter and dtype.is_floating_point,
+            is_parameter and differentiable(dtype),
             weight=canonical,
         )
         division = self.divisions.get(canonical)

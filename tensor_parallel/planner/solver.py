@@ -18,7 +18,7 @@ from tensor_parallel.planner.engine import Engine
 from tensor_parallel.planner.placement import ALL, PARTIAL, REPLICATED, Owners, Place, Sharded, Undecided, Unproven
 from tensor_parallel.planner.program import Ref
 from tensor_parallel.planner.rules import PARTIAL_RULES, RULES
-from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.tensors import Tensors, differentiable
 from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Value
 
@@ -47,14 +47,14 @@ class Solver(Engine):
         for node in self.traced.inputs:
             if node is not None:
                 shapes, dtype = self._describe(node.meta["val"])
-                self.env[node] = Value(None, REPLICATED, shapes, dtype, dtype.is_floating_point)
+                self.env[node] = Value(None, REPLICATED, shapes, dtype, differentiable(dtype))
         for node, _ in self.traced.constants.values():
             shapes, dtype = self._describe(node.meta["val"])
             self.env[node] = Value(None, REPLICATED, shapes, dtype, False)
         for name, (node, _) in self.traced.states.items():
             shapes, dtype = self._describe(node.meta["val"])
             canonical = self.tensors.canonical(name)
-            value = Value(None, REPLICATED, shapes, dtype, dtype.is_floating_point, weight=canonical)
+            value = Value(None, REPLICATED, shapes, dtype, differentiable(dtype), weight=canonical)
             if self.modes.get(canonical, "auto") in ("auto", "in", "gather") and any(
                 s >= self.ranks for s in shapes[0]
             ):

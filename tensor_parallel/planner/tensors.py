@@ -10,6 +10,11 @@ import torch
 from torch import nn
 
 
+def differentiable(dtype: torch.dtype) -> bool:
+    """Whether tensors of this type may have gradients."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 @dataclass(frozen=True)
 class Stored:
     shape: tuple[int, ...]

@@ -16,6 +16,7 @@ from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import branches
 from tensor_parallel.planner.branches import Branches
 from tensor_parallel.planner.signature import Signature, satisfies
+from tensor_parallel.planner.tensors import differentiable
 
 OWN = "derivatives of the model's own"
 """Where a traced graph's meta says which there are."""
@@ -128,7 +129,8 @@ def collect(
             raise PlanError(f"the trace takes a {kind.lower().replace('_', ' ')}, which cannot be planned")
     _refuse_mutation(exported.graph_module)
     parameters = {node for node, is_parameter in states.values() if is_parameter}
-    _without_idle_detach(exported.graph, parameters | {node for node in inputs if node and _is_inexact(node)})
+    given = {node for node in inputs if node is not None and differentiable(node.meta["val"].dtype)}
+    _without_idle_detach(exported.graph, parameters | given)
     _merge_repeats(exported.graph_module.graph)
     output_node = next(node for node in exported.graph.nodes if node.op == "output")
     outputs, updates = _outputs(output_node, signature)
@@ -189,11 +191,6 @@ def _without_idle_detach(graph: fx.Graph, depends: set[fx.Node]) -> None:
         elif node.target is torch.ops.aten.detach.default and not any(user.op == "output" for user in node.users):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-
-
-def _is_inexact(node: fx.Node) -> bool:
-    dtype = node.meta["val"].dtype
-    return bool(dtype.is_floating_point or dtype.is_complex)
 
 
 def _merge_repeats(graph: fx.Graph) -> None:

@@ -25,7 +25,7 @@ from tensor_parallel.planner.program import Program, map_refs
 from tensor_parallel.planner.prover import Prover
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.stopping import pause
-from tensor_parallel.planner.tensors import Tensors
+from tensor_parallel.planner.tensors import Tensors, differentiable
 from tensor_parallel.planner.traced import Traced
 from tensor_parallel.planner.values import Value
 
@@ -127,12 +127,14 @@ def _check_loops(twin: nn.Module, traced: Traced, tensors: Tensors, full: Mappin
 
 
 def _wide(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    made = {id(t): t.double() if t.is_floating_point() else t for t in full.values()}
+    made = {id(t): _widened(t) for t in full.values()}
     return {name: made[id(t)] for name, t in full.items()}
 
 
 def _widened(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    if not isinstance(value, Tensor) or not differentiable(value.dtype):
+        return value
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
 
 def _same(value: Any) -> Any:
@@ -225,9 +227,9 @@ def _fill(name: str, tensors: Tensors, buffers: Mapping[str, Tensor]) -> Tensor:
     if not stored.is_parameter:
         return buffers[name]
     generator = torch.Generator().manual_seed(sum(name.encode()) * 7919 + len(name))
-    if not stored.dtype.is_floating_point:
+    if not differentiable(stored.dtype):
         return torch.zeros(stored.shape, dtype=stored.dtype)
-    noise = torch.randn(stored.shape, generator=generator)
+    noise = torch.randn(stored.shape, generator=generator, dtype=torch.complex64 if stored.dtype.is_complex else None)
     if len(stored.shape) < 2:
         return (0.5 + 0.1 * noise).to(stored.dtype)
     return (noise / math.sqrt(max(1, stored.shape[-1]))).to(stored.dtype)
@@ -324,9 +326,9 @@ def distance(got: Any, want: Tensor) -> float:
         return math.inf
     if want.numel() == 0:
         return 0.0
-    if not want.dtype.is_floating_point:
+    if not differentiable(want.dtype):
         return 0.0 if bool((got == want).all()) else math.inf
-    a, b = got.double(), want.double()
+    a, b = _widened(got), _widened(want)
     finite = torch.isfinite(b)
     if not bool((torch.isfinite(a) == finite).all()):
         return math.inf
