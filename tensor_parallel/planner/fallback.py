@@ -316,6 +316,7 @@ def _specialise(
     def is_local(self: nn.Module, name: str) -> bool:
         """Not what ``torch.func.functional_call`` and its like have put in place."""
         tensor, shard = self._parameters.get(name), divided[name]
+        assert shard.dim is not None
         return tensor is not None and tensor.shape[shard.dim] == shard.local_size(group.rank)
 
     def whole(self: nn.Module, name: str) -> Any:
