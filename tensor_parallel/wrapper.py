@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from tensor_parallel.group import Group, default_group
 from tensor_parallel.planner.make import Examples, arguments, as_skeleton, instantiate_skeleton, plan_skeleton
 from tensor_parallel.planner.plan import Plan
 from tensor_parallel.planner.shard import Shard
+
+log = logging.getLogger(__name__)
 
 
 class DistributedModelWrapper(nn.Module):
@@ -78,6 +81,9 @@ class DistributedModelWrapper(nn.Module):
         plan = plan_skeleton(
             twin, args, kwargs, self._group.world_size, check=self._verify, sequence_parallel=self._sequence_parallel
         )
+        hooked = [name for name, p in model.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks]
+        if hooked:
+            log.warning("gradient hooks of %s stay with the whole model: register them on the wrapper's", hooked)
         whole = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
         def read(name: str, shard: Shard) -> Tensor:

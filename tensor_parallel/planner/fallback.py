@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from tensor_parallel import collectives
 from tensor_parallel.group import Group
 from tensor_parallel.planner.plan import FREE, Collective, InputSpec, Plan
+from tensor_parallel.planner.reserve import attributes_kept
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.tensors import Tensors
 
@@ -178,12 +179,12 @@ class ModulesModel(nn.Module):
 
     def rehearse(self, inputs: Mapping[str, Any], whole: Callable[[str], Tensor]) -> None:
         """Run the model once without its peers: ``whole(name)`` gives the undivided tensors, one at a time. Raises what
-        the model raises, and leaves no trace in its buffers."""
+        the model raises, and leaves no trace in its buffers and attributes."""
         held = [(module._buffers, name) for module in self._twin[0].modules() for name in module._buffers]
         before = [(place, name, place[name], _cloned(place[name])) for place, name in held]
         self._whole = whole
         try:
-            with torch.no_grad():
+            with torch.no_grad(), attributes_kept(self._twin[0]):
                 self(**inputs)
         finally:
             self._whole = None

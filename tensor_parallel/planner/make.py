@@ -26,7 +26,7 @@ from tensor_parallel.planner.placement import ALL, positions
 from tensor_parallel.planner.plan import Collective, Plan, Reason
 from tensor_parallel.planner.program import PerRank, Program, map_refs
 from tensor_parallel.planner.prover import Prover
-from tensor_parallel.planner.reserve import reserved, skeleton
+from tensor_parallel.planner.reserve import attributes_kept, reserved, skeleton
 from tensor_parallel.planner.shard import Shard
 from tensor_parallel.planner.solver import Division
 from tensor_parallel.planner.stopping import pause
@@ -108,7 +108,7 @@ def plan_skeleton(
     tensors = Tensors(twin)
     args, kwargs = _on_cpu(args), _on_cpu(kwargs)
     try:
-        with TRACING, warnings.catch_warnings(), reserved(twin):
+        with TRACING, warnings.catch_warnings(), attributes_kept(twin), reserved(twin):
             warnings.simplefilter("ignore")
             traced = trace(twin, args, kwargs, flipped=flipped)
             traced.release()

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tensor_parallel.errors import PlanError
 from tensor_parallel.planner import hits
 from tensor_parallel.planner.reserve import skeleton, tracing_settings
 from tensor_parallel.planner.stopping import pause, pausing
@@ -47,7 +48,8 @@ def outputs(
     visited: Visit | None = None,
 ) -> list[Any]:
     """The flat outputs of the model itself, with weights ``full``, on ``inputs``; nothing is dropped by dropout, and
-    loops over set indices visit what ``visited`` says. Raises :class:`NotComparable`.
+    loops over set indices visit what ``visited`` says. Raises :class:`NotComparable`, and :class:`PlanError` if a
+    second call gives something else for what the first has left in the model's attributes.
 
     A copy runs, and its buffers are copies: whatever the model keeps between calls is not kept.
     """
@@ -56,18 +58,53 @@ def outputs(
     args, kwargs = pytree.tree_unflatten(list(inputs), traced.in_spec)
     try:
         copy = skeleton(twin)
-        held = {name: full[tensors.canonical(name)] for name, _ in copy.named_parameters(remove_duplicate=False)}
-        for name, _ in copy.named_buffers(remove_duplicate=False):
-            held[name] = full[tensors.canonical(name)].clone()
+
+        def call() -> Any:
+            held = {name: full[tensors.canonical(name)] for name, _ in copy.named_parameters(remove_duplicate=False)}
+            for name, _ in copy.named_buffers(remove_duplicate=False):
+                held[name] = full[tensors.canonical(name)].clone()
+            given = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+            return torch.func.functional_call(copy, held, *given, tie_weights=False)
+
         with pausing(copy), tracing_settings(), hits.Visited(visited) if visited else nullcontext(), NothingDropped():
-            result = torch.func.functional_call(copy, held, args, kwargs, tie_weights=False)
+            before, numbers = _attributes(copy), torch.get_rng_state()
+            result = call()
+            changed = before ^ _attributes(copy)
+            if changed:
+                torch.set_rng_state(numbers)
+                again = call()
     except Exception as error:  # the model's own code raises anything
         pause()
         raise NotComparable(f"it raised {type(error).__name__}: {error}") from error
     leaves, spec = pytree.tree_flatten(result)
+    if changed and not _alike(leaves, pytree.tree_leaves(again)):
+        names = sorted({f"{name}.{attribute}".lstrip(".") for name, attribute, _ in changed})
+        raise PlanError(f"what a call gives depends on calls before it, by {', '.join(names)}, which is no buffer")
     if spec != traced.out_spec or len(leaves) != len(traced.outputs):
         raise NotComparable("its result has another structure")
     return leaves
+
+
+def _attributes(model: nn.Module) -> set[tuple[str, str, Any]]:
+    """What a module keeps beside parameters, buffers and modules: plain values, and which tensors."""
+    found: set[tuple[str, str, Any]] = set()
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, (*_PLAIN, Tensor)) and attribute != "forward":
+                found.add((name, attribute, id(value) if isinstance(value, Tensor) else repr(value)))
+    return found
+
+
+def _alike(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    if len(first) != len(second):
+        return False
+    for a, b in zip(first, second, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True):
+                return False
+        elif isinstance(a, _PLAIN) and repr(a) != repr(b):
+            return False
+    return True
 
 
 def differs(traced: Traced, own: Sequence[Any], trace: Mapping[fx.Node, Any], distance: Distance, limit: Any) -> str:

@@ -73,6 +73,18 @@ def reserved(model: nn.Module) -> Iterator[None]:
             table[name] = parameter
 
 
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """What a trace assigns to attributes of modules is gone afterwards."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, then in before:
+            now.clear()
+            now.update(then)
+
+
 def _stray_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Tensors held as plain attributes (results of old-style weight norm, caches) that refuse to be copied, or must not
     be where they are."""

@@ -216,3 +216,10 @@ def test_what_keeps_nothing_back_leaves_no_trace() -> None:
     plan = make_plan(Positions(), {"ids": torch.arange(5)}, 2)
     assert plan.mode == "graph"
     assert not any("detach" in str(step.fn) for step in plan.artifact.program.steps)
+
+
+def test_hooks_of_parameters_are_said_to_stay_behind(caplog: pytest.LogCaptureFixture) -> None:
+    model = Mlp()
+    model.up.weight.register_hook(lambda grad: grad * 2)
+    DistributedModelWrapper(model, 1, 0, (torch.randn(2, WIDTH),))
+    assert "gradient hooks of ['up.weight'] stay with the whole model" in caplog.text

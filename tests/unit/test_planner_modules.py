@@ -120,6 +120,33 @@ class Compiled(Untraceable):
         return functional.normalize(self.c(y, y))
 
 
+class Counting(nn.Module):
+    """Keeps a number, and a tensor, between calls; in attributes that are no buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.calls, self.cache = Mlp(), 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.a(x)
+        self.cache = y if self.cache is None else torch.cat([self.cache, y])
+        return self.cache.sum(0) * self.calls
+
+
+class Noting(nn.Module):
+    """What it keeps is never read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.seen, self.last = Mlp(), 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        self.last = self.a(x)
+        return self.last * 2
+
+
 def build(kind: Any) -> nn.Module:
     torch.manual_seed(0)
     return kind().double().train()
@@ -157,3 +184,24 @@ def test_three_steps_of_training_are_the_models(kind: Any) -> None:
     for losses, _ in results:
         assert_close(losses, want)
     assert_close(results[0][1], dict(plain.state_dict()))
+
+
+@pytest.mark.parametrize("kind", [Counting, Noting])
+def test_what_is_kept_between_calls_decides_later_ones_as_unsharded(kind: Any) -> None:
+    x = torch.randn(5, WIDTH, dtype=torch.float64)
+    model = build(kind).eval()
+    with torch.no_grad():
+        want = [model(x) for _ in range(3)]
+    tracing = threading.Lock()
+
+    def body(group: Group) -> tuple[Any, ...]:
+        with tracing:
+            model = DistributedModelWrapper(build(kind).eval(), RANKS, group.rank, (x,), group=group)
+        with torch.no_grad():
+            return model.plan, [model(x) for _ in range(3)]
+
+    for plan, got in run_ranks(RANKS, body):
+        assert_close(got, want)
+        assert plan.mode == ("modules" if kind is Counting else "graph")
+        if kind is Counting:
+            assert "depends on calls before it, by cache, calls, which is no buffer" in plan.notes[0]
