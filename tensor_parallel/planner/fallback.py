@@ -10,7 +10,6 @@ this is right for any model; ``mode`` is ``"modules"``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,7 +147,6 @@ class ModulesModel(nn.Module):
         self._gathered: dict[tuple[int, str], _Gathered] = {}
         self._running = False
         self._modes = (False, True)  # whether the call is one without autograd, and whether it records gradients
-        self._compiled = any(type(module).__name__ == "OptimizedModule" for module in twin.modules())
         self._whole: Callable[[str], Tensor] | None = None
         self._modules, self._parameters, self._buffers = twin._modules, twin._parameters, twin._buffers
         self._non_persistent_buffers_set = twin._non_persistent_buffers_set
@@ -160,8 +158,7 @@ class ModulesModel(nn.Module):
         self._gathered.clear()  # what a backward read that recomputed activations
         self._running, self._modes = True, (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         try:
-            with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
-                outputs = twin(*args, **kwargs)
+            outputs = twin(*args, **kwargs)
             for gathered in self._gathered.values():
                 gathered.keep_writes()
             return outputs
@@ -271,6 +268,7 @@ def build_modules(
     linears = _linears(twin, tensors, plan.shards)
     module = ModulesModel(twin)
     _fill(twin, tensors, plan, read, device)
+    split = [name for name in (*plan.shards, *plan.tied) if plan.shards[tensors.canonical(name)].dim is not None]
     for prefix, child in twin.named_modules():
         names = {
             leaf: tensors.canonical(f"{prefix}.{leaf}" if prefix else leaf)
@@ -278,10 +276,11 @@ def build_modules(
             if parameter is not None
         }
         divided = {leaf: name for leaf, name in names.items() if plan.shards[name].dim is not None}
-        below = (f"{prefix}.{name}" if prefix else name for name, _ in child.named_parameters())
-        if any(plan.shards[tensors.canonical(name)].dim is not None for name in below):
+        if divided or any(name.startswith(f"{prefix}." if prefix else "") for name in split):
             shards = {leaf: plan.shards[name] for leaf, name in divided.items()}
             _specialise(child, shards, divided, group, module, prefix in linears)
+        if isinstance(getattr(child, "_orig_mod", None), nn.Module):  # torch.compile cannot look into a gather
+            vars(child)["forward"] = child._orig_mod
     return module
 
 
