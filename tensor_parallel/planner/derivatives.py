@@ -53,7 +53,7 @@ class Derivatives:
         """While ``model`` is traced, in this thread."""
         for name, module in model.named_modules():
             if module._backward_hooks or getattr(module, "_backward_pre_hooks", None):
-                self.own[f"{name or type(model).__name__} has backward hooks"] = None
+                self.note(f"{name or type(model).__name__} has backward hooks")
         forward = model.forward
 
         @wraps(forward)
@@ -67,7 +67,7 @@ class Derivatives:
                 result = forward(*args, **kwargs)
             finally:
                 self._watching = False
-            self._note()
+            self._mark()
             self._detach(mode.tracer.graph)
             return result
 
@@ -81,6 +81,10 @@ class Derivatives:
             stack.enter_context(patch.object(torch.autograd.Function, "apply", classmethod(self._applying(apply))))
             stack.enter_context(replaced_forward(model, watched))
             yield
+
+    def note(self, own: str) -> None:
+        """A derivative that the trace does not have."""
+        self.own[own] = None
 
     def _here(self) -> bool:
         """Whether the model's own code asks, and in the thread that traces it. The regions are then without effect:
@@ -116,7 +120,7 @@ class Derivatives:
         return setting
 
     def _now(self, records: bool) -> None:
-        self._note()
+        self._mark()
         self._records = records
 
     def _applying(self, apply: Any) -> Callable[..., Any]:
@@ -126,12 +130,12 @@ class Derivatives:
                     run, _, *given = args  # it records no gradients now, to run once more when they are asked for
                     return run(*given)
                 if function.__module__ != CheckpointFunction.__module__:
-                    self.own[f"{function.__name__} has a derivative of its own"] = None
+                    self.note(f"{function.__name__} has a derivative of its own")
             return apply.__get__(None, function)(*args, **kwargs)
 
         return applying
 
-    def _note(self) -> None:
+    def _mark(self) -> None:
         """What was traced since the last time was made as the model's code is now."""
         mode = get_proxy_mode()
         if mode is None:

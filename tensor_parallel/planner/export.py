@@ -237,7 +237,8 @@ def _export(
     try:
         derivatives = Derivatives()
         # Under no_grad the trace has no nested regions for no_grad blocks: they become detached operands.
-        with torch.no_grad(), tracing_settings(), pausing(model), _without_a_dump(model), _memory(model):
+        settings = tracing_settings(derivatives.note)
+        with torch.no_grad(), settings, pausing(model), _without_a_dump(model), _memory(model):
             with unrolled.around(model) if unrolled is not None else nullcontext(), derivatives.around(model):
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             if unrolled is not None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tensor_parallel.planner import torch_transformer
+
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
 
@@ -95,14 +97,14 @@ def _stray_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 @contextmanager
-def tracing_settings() -> Iterator[None]:
+def tracing_settings(happened: Callable[[str], None] | None = None) -> Iterator[None]:
     """Settings under which a model is traced: no fused fast paths (opaque kernels), no kernels chosen by available
     hardware. And nothing that only a reader of the trace would want, which takes a tenth of the time: where each node
-    comes from, and source code for the graph after each of torch's passes."""
+    comes from, and source code for the graph after each of torch's passes. ``happened``: see ``torch_transformer``."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _no_stack_traces(), _no_source_code():
+        with _no_stack_traces(), _no_source_code(), torch_transformer.traceable(nested=fast, happened=happened):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
