@@ -83,8 +83,9 @@ class Derivatives:
             yield
 
     def note(self, own: str) -> None:
-        """A derivative that the trace does not have."""
-        self.own[own] = None
+        """A derivative that the trace does not have; another thread may be running another model meanwhile."""
+        if threading.get_ident() == self._thread:
+            self.own[own] = None
 
     def _here(self) -> bool:
         """Whether the model's own code asks, and in the thread that traces it. The regions are then without effect:
@@ -125,12 +126,11 @@ class Derivatives:
 
     def _applying(self, apply: Any) -> Callable[..., Any]:
         def applying(function: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == self._thread:
-                if function is CheckpointFunction:
-                    run, _, *given = args  # it records no gradients now, to run once more when they are asked for
-                    return run(*given)
-                if function.__module__ != CheckpointFunction.__module__:
-                    self.note(f"{function.__name__} has a derivative of its own")
+            if function is CheckpointFunction and threading.get_ident() == self._thread:
+                run, _, *given = args  # it records no gradients now, to run once more when they are asked for
+                return run(*given)
+            if function.__module__ != CheckpointFunction.__module__:
+                self.note(f"{function.__name__} has a derivative of its own")
             return apply.__get__(None, function)(*args, **kwargs)
 
         return applying
