@@ -8,6 +8,7 @@ run the model's own code.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -79,6 +80,10 @@ class Derivatives:
             stack.enter_context(patch.object(torch.set_grad_enabled, "__init__", self._setting(make)))
             apply = torch.autograd.Function.__dict__["apply"]
             stack.enter_context(patch.object(torch.autograd.Function, "apply", classmethod(self._applying(apply))))
+            asked = torch.autograd.function._is_setup_context_defined
+            stack.enter_context(
+                patch.object(torch.autograd.function, "_is_setup_context_defined", self._passing(asked))
+            )
             stack.enter_context(replaced_forward(model, watched))
             yield
 
@@ -129,11 +134,20 @@ class Derivatives:
             if function is CheckpointFunction and threading.get_ident() == self._thread:
                 run, _, *given = args  # it records no gradients now, to run once more when they are asked for
                 return run(*given)
-            if function.__module__ != CheckpointFunction.__module__:
-                self.note(f"{function.__name__} has a derivative of its own")
             return apply.__get__(None, function)(*args, **kwargs)
 
         return applying
+
+    def _passing(self, asked: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        """``apply`` asks this of its function, also an ``apply`` that the model has kept since before the trace."""
+
+        def passing(setup_context: Any) -> bool:
+            function = sys._getframe(1).f_locals.get("cls")
+            if function is not None and function.__module__ != CheckpointFunction.__module__:
+                self.note(f"{function.__name__} has a derivative of its own")
+            return asked(setup_context)
+
+        return passing
 
     def _mark(self) -> None:
         """What was traced since the last time was made as the model's code is now."""
@@ -141,10 +155,21 @@ class Derivatives:
         if mode is None:
             return
         last = node = _last(mode.tracer.graph)
+        found = []
         while not self._records and node is not None and node is not self._since and node.op != "root":
-            self._without.add(node)
+            found.append(node)
             node = node.prev
+        for node in reversed(found):
+            self._without.add(node)
+            if any(self._has_gradients(written) for written in _written(node)):
+                self.note("a tensor that has gradients is written to where none are recorded")
         self._since = last
+
+    def _has_gradients(self, node: fx.Node) -> bool:
+        """Not a buffer, which has none, and not what was made where none are recorded, unless it is a view."""
+        while node in self._without and _is_view(node) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node.op == "call_function" and node not in self._without and _has_derivative(node)
 
     def _detach(self, graph: fx.Graph) -> None:
         for node in [n for n in graph.nodes if n in self._without and n.op == "call_function"]:
@@ -158,6 +183,22 @@ class Derivatives:
 
 def _last(graph: fx.Graph) -> fx.Node:
     return graph._root.prev
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    for number, argument in enumerate(schema.arguments):
+        value = node.args[number] if number < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+            yield value
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    made = schema.returns[0].alias_info if schema is not None and schema.returns else None
+    return made is not None and not made.is_write
 
 
 def _has_derivative(node: fx.Node) -> bool:

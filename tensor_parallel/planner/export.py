@@ -249,7 +249,7 @@ def _export(
                 exported = exported.run_decompositions({})
             if unrolled is not None and unrolled.bodies:
                 hits.drop_checks(exported.graph)
-            exported.graph_module.meta[OWN] = tuple(derivatives.own)
+            exported.graph_module.meta[OWN] = tuple(sorted(derivatives.own))  # a model may go through a set
             return exported
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -155,7 +155,6 @@ class ModulesModel(nn.Module):
         """As the model's own."""
         twin = self._twin[0]
         twin.training = self.training
-        self._gathered.clear()  # what a backward read that recomputed activations
         self._running, self._modes = True, (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
         try:
             outputs = twin(*args, **kwargs)
@@ -167,7 +166,10 @@ class ModulesModel(nn.Module):
             self._running = False
 
     def whole(self, key: tuple[int, str], local: Tensor, shard: Shard, group: Group) -> Tensor:
-        """A divided parameter, gathered once in a call; with its gradient wherever in the call it is read first."""
+        """A divided parameter, gathered once in a call; with its gradient wherever in the call it is read first. A
+        backward that computes activations again is not in a call: it asks with modes of its own."""
+        if not self._running:
+            return _as_parameter(gather(local, shard, group))
         if key not in self._gathered:
             inference, records = self._modes
             with torch.inference_mode(inference), torch.set_grad_enabled(records):
@@ -196,8 +198,7 @@ class _Gathered:
 
     def __init__(self, local: Tensor, shard: Shard, group: Group) -> None:
         self._local, self._shard, self._rank = local, shard, group.rank
-        self.whole = gather(local, shard, group)
-        self.whole._is_param = True  # type: ignore[attr-defined]  # for isinstance(..., nn.Parameter)
+        self.whole = _as_parameter(gather(local, shard, group))
         self._version, self._memory = self._now()
 
     def _now(self) -> tuple[int, int]:
@@ -208,6 +209,11 @@ class _Gathered:
         if self._now() != (self._version, self._memory):
             with torch.no_grad():
                 self._local.copy_(self._shard.take(self.whole.detach(), self._rank))
+
+
+def _as_parameter(whole: Tensor) -> Tensor:
+    whole._is_param = True  # type: ignore[attr-defined]  # for isinstance(..., nn.Parameter)
+    return whole
 
 
 def _cloned(buffer: Tensor | None) -> Tensor | None:
@@ -247,13 +253,18 @@ class OwnCode:
             table[leaf] = whole[name]
         self._twin.train(training)
         self._model.training = training
-        outputs = self._model(*args, **kwargs)
-        for table, leaf, name in self._held:
-            slots, key = self._slots[name]
-            if not isinstance(slots[key], nn.Parameter):
-                shard, value = self._plan.shards[name], table[leaf].detach()
-                slots[key] = value if shard.dim is None else shard.take(value, self._group.rank)
-        return outputs
+        try:
+            outputs = self._model(*args, **kwargs)
+            for table, leaf, name in self._held:
+                slots, key = self._slots[name]
+                if not isinstance(slots[key], nn.Parameter):
+                    shard, value = self._plan.shards[name], table[leaf].detach()
+                    slots[key] = value if shard.dim is None else shard.take(value, self._group.rank)
+            return outputs
+        finally:
+            for table, leaf, name in self._held:  # nothing stays whole
+                slots, key = self._slots[name]
+                table[leaf] = slots[key]
 
     def _whole_buffer(self, name: str, local: Tensor) -> Tensor:
         shard = self._plan.shards[name]

@@ -67,9 +67,10 @@ def outputs(
             return torch.func.functional_call(copy, held, *given, tie_weights=False)
 
         with pausing(copy), tracing_settings(), hits.Visited(visited) if visited else nullcontext(), NothingDropped():
-            before, numbers = _attributes(copy), torch.get_rng_state()
+            kept: list[Tensor] = []  # or another tensor could get the place, and so the identity, of one that is gone
+            before, numbers = _attributes(copy, kept), torch.get_rng_state()
             result = call()
-            changed = before ^ _attributes(copy)
+            changed = before ^ _attributes(copy, kept)
             if changed:
                 torch.set_rng_state(numbers)
                 again = call()
@@ -85,12 +86,14 @@ def outputs(
     return leaves
 
 
-def _attributes(model: nn.Module) -> set[tuple[str, str, Any]]:
-    """What a module keeps beside parameters, buffers and modules: plain values, and which tensors."""
+def _attributes(model: nn.Module, kept: list[Tensor]) -> set[tuple[str, str, Any]]:
+    """What a module keeps beside parameters, buffers and modules: plain values, and tensors (also into ``kept``)."""
     found: set[tuple[str, str, Any]] = set()
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, (*_PLAIN, Tensor)) and attribute != "forward":
+                if isinstance(value, Tensor):
+                    kept.append(value)
                 found.add((name, attribute, id(value) if isinstance(value, Tensor) else repr(value)))
     return found
 

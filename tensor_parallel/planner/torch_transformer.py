@@ -13,6 +13,7 @@ The conditions are those of torch's own source.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ def traceable(*, nested: bool, happened: Callable[[str], None] | None = None) ->
     """Meanwhile no mask's values are looked at, and encoders give what they would without gradients if ``nested``;
     ``happened`` is told when one does."""
     plain = nn.TransformerEncoder.forward
+    tracer = threading.get_ident()
 
     def forward(
         self: nn.TransformerEncoder,
@@ -39,7 +41,9 @@ def traceable(*, nested: bool, happened: Callable[[str], None] | None = None) ->
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        if not nested or src_key_padding_mask is None or not _nested(self, src, mask):
+        # Another thread may call an encoder of its own meanwhile, and record gradients.
+        recording = threading.get_ident() != tracer and torch.is_grad_enabled()
+        if recording or not nested or src_key_padding_mask is None or not _nested(self, src, mask):
             return plain(self, src, mask, src_key_padding_mask, is_causal)
         if happened is not None:
             happened(WHY)

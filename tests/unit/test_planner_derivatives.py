@@ -115,6 +115,31 @@ class Adversarial(Two):
         return self.b(y) + (wide * self.seen) @ self.wide.weight
 
 
+reverse = Reversal.apply
+
+
+class Captured(Two):
+    """``apply`` was looked up before the model was made, and by the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reverse = Reversal.apply
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(reverse(self.a(x))) + self.a(self.reverse(x))
+
+
+class WrittenAside(Two):
+    """Values change, gradients do not know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        with torch.no_grad():
+            x.clamp_(-0.2, 0.2)
+            x[:, :3].mul_(2)
+        return self.b(x)
+
+
 class Hooked(Two):
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +165,7 @@ class Updating(Two):
 
 
 GRAPHS = (Frozen, Decorated, Switched, Recomputed, spectral)
-OWN_CODE = (Adversarial, Hooked, Updating)
+OWN_CODE = (Adversarial, Captured, WrittenAside, Hooked, Updating)
 
 
 def build(kind: Any, training: bool) -> nn.Module:
@@ -200,6 +225,25 @@ def test_calls_that_record_no_gradients_run_the_graph_and_the_plan_says_what_oth
         assert "run the model's own code: Reversal has a derivative of its own" in str(plan)
         assert_close(result, want)
         assert stats["all_reduces"] == plan.summary()["all_reduces"]
+
+
+def test_the_order_in_which_derivatives_are_found_changes_no_plan() -> None:
+    class Negation(Reversal):
+        pass
+
+    class Either(Mlp):
+        def __init__(self, *functions: Any) -> None:
+            super().__init__()
+            self.functions = functions
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return sum(function.apply(x) for function in self.functions)
+
+    x = torch.randn(2, WIDTH)
+    first, second = (make_plan(Either(*order), (x,), 2) for order in ((Reversal, Negation), (Negation, Reversal)))
+    assert first.own_derivatives == second.own_derivatives == tuple(sorted(first.own_derivatives))
+    assert len(first.own_derivatives) == 2
 
 
 def test_what_keeps_nothing_back_leaves_no_trace() -> None:

@@ -205,3 +205,48 @@ def test_what_is_kept_between_calls_decides_later_ones_as_unsharded(kind: Any) -
         assert plan.mode == ("modules" if kind is Counting else "graph")
         if kind is Counting:
             assert "depends on calls before it, by cache, calls, which is no buffer" in plan.notes[0]
+
+
+class CheckpointedTable(Untraceable):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def through(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.table.t()) @ self.table
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(checkpoint(self.through, self.halved(x), use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("between", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_call_before_the_backward_leaves_its_gradients_alone(reentrant: bool, between: Any) -> None:
+    """Activations are computed again in the backward, after a call that recorded nothing."""
+
+    def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+        loss = model(x).square().sum()
+        with between():
+            model(x.detach() / 2)
+        loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    torch.manual_seed(0)
+    model = CheckpointedTable(reentrant).double()
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
+    want = gradients(model, x.clone().requires_grad_())
+    model.zero_grad()
+    tracing = threading.Lock()
+
+    def body(group: Group) -> tuple[Any, ...]:
+        with tracing:
+            wrapper = DistributedModelWrapper(model, 2, group.rank, (x,), group=group)
+        return wrapper.plan, gradients(wrapper, x.clone().requires_grad_())
+
+    for rank, (plan, got) in enumerate(run_ranks(2, body)):
+        assert plan.mode == "modules"
+        for name, gradient in want.items():
+            if gradient is None:
+                assert got[name] is None, name
+            else:
+                assert_close(got[name], plan.shards[name].take(gradient, rank))
